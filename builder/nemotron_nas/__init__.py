@@ -1,0 +1,1 @@
+"""The config and modeling files written beside a fused Hugging Face checkpoint."""

@@ -1,0 +1,1 @@
+"""Rewrites of a checkpoint: drop attention, fuse FFN runs, cut shards."""

@@ -1,0 +1,1 @@
+"""Training: the parent of the demo."""

@@ -1,0 +1,1 @@
+"""From a TensorRT-LLM checkpoint to running tensor-parallel engines."""

@@ -1,0 +1,1 @@
+"""The embedded engine: compiled ahead of time by AOTInductor, one process a rank."""

@@ -1,0 +1,6 @@
+def main() -> None:
+    pass
+
+
+def build_engine() -> None:
+    pass

@@ -1,0 +1,1 @@
+"""Engines on Triton Inference Server, and their latency against a baseline."""
