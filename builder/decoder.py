@@ -1,0 +1,255 @@
+"""The reference decoder: any Architecture, or one rank's share of it, in torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from builder.architecture import FFN, Architecture, Attention, Rope
+
+if TYPE_CHECKING:
+    from builder.checkpoint import Checkpoint
+    from builder.tensors import Expression
+
+KVCache = list[Tensor]
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Angle per position of each pair of dimensions, [head_dim / 2] in float32.
+
+    `llama3` divides long wavelengths by `factor`, keeps short ones and blends between
+    (Llama 3.1; transformers' modeling_rope_utils describes the same rule).
+    """
+    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    scaling = dict(rope.scaling)
+    if rope.kind == "linear":
+        return inverse / scaling["factor"]
+    if rope.kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelength = 2 * math.pi / inverse
+        turns = scaling["original_max_position_embeddings"] / wavelength
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - keep) * inverse / scaling["factor"] + keep * inverse
+    return inverse
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the statistics in float32 or wider."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim/2) of [B, T, heads, head_dim]; cos and sin are [B, T, 1, head_dim/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention over this rank's heads. qkv rows are [Q; K; V]."""
+
+    def __init__(self, architecture: Architecture, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads = architecture.num_attention_heads
+        self.num_key_value_heads = attention.num_key_value_heads
+        self.head_dim = architecture.head_dim
+        rows = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
+        self.qkv = nn.Linear(architecture.hidden_size, rows, bias=False)
+        self.o = nn.Linear(self.num_heads * self.head_dim, architecture.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+        batch, length, _ = x.shape
+        heads, kv, size = self.num_heads, self.num_key_value_heads, self.head_dim
+        q, k, v = self.qkv(x).view(batch, length, heads + 2 * kv, size).split([heads, kv, kv], dim=2)
+        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if cache is not None:
+            k, v = context.update(cache, k, v)
+        # The query heads of one KV head become further query rows, so K and V are never repeated.
+        group = heads // kv
+        q = (
+            q.view(batch, length, kv, group, size)
+            .permute(0, 2, 3, 1, 4)
+            .reshape(batch, kv, group * length, size)
+        )
+        mask = context.mask.repeat(1, group, 1)[:, None]  # [B, 1, group * T, L]
+        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        out = (
+            out.view(batch, kv, group, length, size)
+            .permute(0, 3, 1, 2, 4)
+            .reshape(batch, length, heads * size)
+        )
+        return self.o(out)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU over this rank's share of the width."""
+
+    def __init__(self, hidden_size: int, ffn: FFN) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, ffn.intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, ffn.intermediate_size, bias=False)
+        self.down = nn.Linear(ffn.intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer; either half may be absent."""
+
+    def __init__(
+        self, architecture: Architecture, index: int, all_reduce: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        layer, hidden, eps = architecture.layers[index], architecture.hidden_size, architecture.norm_eps
+        self.all_reduce = all_reduce
+        self.attention = self.ffn = None
+        if layer.attention:
+            self.attention_norm = RMSNorm(hidden, eps)
+            self.attention = SelfAttention(architecture, layer.attention)
+        if layer.ffn:
+            self.ffn_norm = RMSNorm(hidden, eps)
+            self.ffn = FeedForward(hidden, layer.ffn)
+
+    def forward(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+        if self.attention is not None:
+            x = x + self.all_reduce(self.attention(self.attention_norm(x), context, cache))
+        if self.ffn is not None:
+            x = x + self.all_reduce(self.ffn(self.ffn_norm(x)))
+        return x
+
+
+class Context:
+    """What all attention layers share in one forward pass: angles, mask, and where the cache is written."""
+
+    def __init__(
+        self,
+        positions: Tensor,
+        frequencies: Tensor,
+        slots: Tensor | None,
+        span: Tensor | None,
+        dtype: torch.dtype,
+    ):
+        angles = positions[:, :, None, None].to(frequencies.dtype) * frequencies  # [B, T, 1, head_dim/2]
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        self.positions, self.slots, self.span = positions, slots, span
+        keys = positions[:, None, :] if span is None else span[None, None, :]
+        self.mask = keys <= positions[:, :, None]  # [B, T, L]
+
+    def update(self, cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v [B, T, heads, size] at slots and positions; return the slots' [B, L, heads, size]."""
+        assert self.slots is not None, "a cache needs slots"
+        assert self.span is not None, "a cache needs a span"
+        keys, values = cache
+        keys[self.slots[:, None], self.positions] = k
+        values[self.slots[:, None], self.positions] = v
+        length = self.span.shape[0]
+        return keys[:, :length][self.slots], values[:, :length][self.slots]
+
+
+def _no_reduce(x: Tensor) -> Tensor:
+    return x
+
+
+class Decoder(nn.Module):
+    """The decoder of an Architecture; give one rank's share and an all-reduce for tensor parallelism."""
+
+    rope_frequencies: Tensor
+
+    def __init__(
+        self, architecture: Architecture, *, all_reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        reduce = all_reduce or _no_reduce
+        self.embedding = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
+        self.layers = nn.ModuleList(Block(architecture, i, reduce) for i in range(len(architecture.layers)))
+        self.norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
+        self.lm_head = nn.Linear(architecture.hidden_size, architecture.lm_head_size, bias=False)
+        frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
+        self.register_buffer("rope_frequencies", frequencies, persistent=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        span: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits of `tokens` [B, T] at `positions` [B, T].
+
+        With a cache (see `new_cache`), K and V are written to rows `slots` [B] and attention looks at
+        cache positions `span` = arange(L), masked by `positions`. Returns [B, T, lm_head_size], or
+        [B, lm_head_size] of the last token with `last_only`.
+        """
+        x = self.embedding(tokens)
+        context = Context(positions, self.rope_frequencies, slots, span, x.dtype)
+        attention_index = 0
+        for block in self.layers:
+            pair = None
+            if cache is not None and block.attention is not None:
+                pair = cache[2 * attention_index : 2 * attention_index + 2]
+                attention_index += 1
+            x = block(x, context, pair)
+        return self.lm_head(self.norm(x[:, -1] if last_only else x))
+
+    def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
+        """Empty [k0, v0, ...] of the attention layers, each [num_slots, max_seq_len + 1, kv heads, head_dim].
+
+        One position more than asked: an export must never see the slice equal the whole dimension.
+        """
+        weight = self.lm_head.weight
+        return [
+            torch.zeros(
+                num_slots,
+                max_seq_len + 1,
+                layer.attention.num_key_value_heads,
+                self.architecture.head_dim,
+                dtype=weight.dtype,
+                device=weight.device,
+            )
+            for layer in self.architecture.layers
+            if layer.attention
+            for _ in "kv"
+        ]
+
+
+def load(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    *,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Decoder:
+    """The decoder of a checkpoint, weights evaluated and in `dtype` (default: the checkpoint's)."""
+    architecture = checkpoint.architecture
+    with torch.device("meta"):
+        decoder = Decoder(architecture, all_reduce=all_reduce)
+    weights = {name: to_tensor(x, dtype) for name, x in checkpoint.decoder_tensors().items()}
+    decoder.load_state_dict(weights, strict=True, assign=True)
+    decoder.rope_frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
+    return decoder.eval().requires_grad_(False)
+
+
+def to_tensor(expression: Expression, dtype: torch.dtype | None = None) -> Tensor:
+    """Evaluate an expression; bfloat16 crosses from numpy by its bits."""
+    array = expression.read_all()
+    if expression.dtype == "bfloat16":
+        tensor = torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(array)
+    return tensor if dtype is None else tensor.to(dtype)
