@@ -1,6 +1,68 @@
-def main() -> None:
-    pass
+"""The `ffn-fusion` command: collects the stages' commands and turns their errors into one line."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import click
+
+import builder.cli
+import engines.cli
+import triton_repo.cli
+from builder.errors import UserError
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit code 1."""
+    click.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(1)
+
+
+class OneLineErrors(click.Group):
+    """A group whose commands fail in one line; --debug shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UserError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            fail(describe(error))
+
+
+def describe(error: Exception) -> str:
+    """The line of an error; the system's own name their file and reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+@click.group(
+    cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(version("ffn-fusion"))
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Make a large language model faster: drop attention, fuse FFN runs, build engines, serve, compare.
+
+    \b
+    HF directory --fuse/convert--> checkpoint --build-engine--> engine --deploy--> Triton --compare-latency
+    """
+    # A terminated command cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+for command in (*builder.cli.COMMANDS, *engines.cli.COMMANDS, *triton_repo.cli.COMMANDS):
+    main.add_command(command)
 
 
 def build_engine() -> None:
-    pass
+    """The `build-engine` console script: the same command without the group."""
+    main(["build-engine", *sys.argv[1:]], prog_name="ffn-fusion")

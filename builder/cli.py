@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from builder.errors import UserError
+
 if TYPE_CHECKING:
     from builder.architecture import Architecture
     from builder.plan import Plan
@@ -46,7 +48,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
             "groups",
             multiple=True,
             metavar="FIRST-LAST",
-            help="Fuse this run into one layer. Repeatable. Default: every attention-free run but its last layer.",
+            help="Fuse this run into one layer; repeatable. Default: each run but its last layer.",
         ),
         click.option("--no-fuse", is_flag=True, help="Drop attention only."),
         click.option(
@@ -158,13 +160,14 @@ def fuse(model: Path, output: Path, as_json: bool, **plan: Any) -> None:
 
     parent = huggingface.read(model)
     child = make_plan(**plan).apply(parent)
+    if child.architecture == parent.architecture:
+        raise UserError("fuse: nothing to drop and no run to fuse; name layers with --drop-attention")
     total = sum(x.num_bytes for x in child.tensors.values())
     with progress_bar("fusing", total) as progress:
         written = export.write(child, model, output, progress)
-    before, after = parent.architecture, written
-    mapping = [list(layer.members) for layer in after.layers]
-    text = f"{output}: {len(before.layers)} layers became {len(after.layers)}; {after.num_parameters:,} parameters"
-    emit({"output": str(output), "layers": mapping, "parameters": after.num_parameters}, as_json, text)
+    mapping = [list(layer.members) for layer in written.layers]
+    text = f"{output}: {len(parent.architecture.layers)} layers became {len(mapping)}"
+    emit({"output": str(output), "layers": mapping, "parameters": written.num_parameters}, as_json, text)
 
 
 @click.command()
@@ -190,6 +193,8 @@ def convert(
 ) -> None:
     """Write MODEL as a sharded TensorRT-LLM checkpoint, in one pass, fusing on the way if asked.
 
+    Without --plan, --drop-attention or --group the layers stay as they are.
+
     \b
     Examples:
         ffn-fusion convert fused --tp 8 -o checkpoint
@@ -198,7 +203,8 @@ def convert(
     from builder import huggingface, trtllm
 
     parent = huggingface.read(model)
-    child = make_plan(**plan).apply(parent)
+    asked = any(plan[name] for name in ("plan_file", "drop_attention", "groups"))
+    child = make_plan(**plan).apply(parent) if asked else parent
     target = None if dtype == "auto" else dtype
     total = sum(x.num_bytes for x in child.tensors.values())
     with progress_bar("converting", total) as progress:
@@ -208,3 +214,6 @@ def convert(
     text = f"{output}: {len(written.layers)} layers for TP {tp_size}, PP {pp_size}"
     result = {"output": str(output), "layers": len(written.layers), "tp_size": tp_size, "pp_size": pp_size}
     emit(result, as_json, text)
+
+
+COMMANDS = (inspect, fuse, convert)
