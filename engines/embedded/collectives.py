@@ -1,0 +1,137 @@
+"""What ranks say to each other: the compiled all-reduce, step messages, and gathered logits.
+
+`torch.ops.ffn_fusion.all_reduce` is in the compiled programs. It is registered without the wrapper
+of torch.library.custom_op, which costs more than the reduction itself.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_SPIN_S = 2e-3  # how long a rank looks for work before it begins to sleep
+_LONGEST_SLEEP_S = 1e-3
+
+_library = torch.library.Library("ffn_fusion", "DEF")
+_library.define("all_reduce(Tensor x) -> Tensor")
+
+
+class Communicator(Protocol):
+    """The ranks of one engine."""
+
+    rank: int
+    size: int
+
+    def send_step(self, message: array[int]) -> None:
+        """Rank 0: give every other rank the next step."""
+
+    def receive_step(self, longest: int) -> array[int]:
+        """Other ranks: wait for a step without holding a core."""
+
+    def gather(self, logits: Tensor) -> Tensor | None:
+        """[B, V / size] float32 of every rank side by side on rank 0, None elsewhere."""
+
+    def gather_pids(self) -> list[int]:
+        """The process ids of all ranks; also a barrier."""
+
+    def abort(self) -> None:
+        """End all ranks at once."""
+
+
+class Alone:
+    """One rank, no MPI."""
+
+    rank = 0
+    size = 1
+
+    def send_step(self, message: array[int]) -> None:
+        pass
+
+    def receive_step(self, longest: int) -> array[int]:
+        raise AssertionError("rank 0 makes the steps")
+
+    def gather(self, logits: Tensor) -> Tensor | None:
+        return logits
+
+    def gather_pids(self) -> list[int]:
+        return [os.getpid()]
+
+    def abort(self) -> None:
+        os._exit(1)
+
+
+class MPIRanks:
+    """The ranks that mpirun started, joined by MPI_COMM_WORLD."""
+
+    def __init__(self) -> None:
+        import mpi4py
+
+        mpi4py.rc.thread_level = "funneled"  # only the main thread calls MPI
+        from mpi4py import MPI
+
+        self._mpi: Any = MPI
+        self._world: Any = MPI.COMM_WORLD
+        self.rank: int = self._world.Get_rank()
+        self.size: int = self._world.Get_size()
+        _use(self._world)
+
+    def send_step(self, message: array[int]) -> None:
+        for rank in range(1, self.size):
+            self._world.Send([message, self._mpi.INT64_T], dest=rank)
+
+    def receive_step(self, longest: int) -> array[int]:
+        self._wait_for_message()
+        message, status = array("q", bytes(8 * longest)), self._mpi.Status()
+        self._world.Recv([message, self._mpi.INT64_T], source=0, status=status)
+        return message[: status.Get_count(self._mpi.INT64_T)]
+
+    def _wait_for_message(self) -> None:
+        """MPI's own waits take a whole core, so look for a while and then sleep between looks."""
+        start = time.monotonic()
+        while not self._world.Iprobe(source=0):
+            waited = time.monotonic() - start
+            if waited < _SPIN_S:
+                os.sched_yield()
+            else:
+                time.sleep(min(_LONGEST_SLEEP_S, waited / 20))
+
+    def gather(self, logits: Tensor) -> Tensor | None:
+        batch, rows = logits.shape
+        parts = torch.empty(self.size, batch, rows) if self.rank == 0 else None
+        self._world.Gather(logits.numpy(), None if parts is None else parts.numpy(), root=0)
+        return None if parts is None else parts.transpose(0, 1).reshape(batch, self.size * rows)
+
+    def gather_pids(self) -> list[int]:
+        return self._world.allgather(os.getpid())
+
+    def abort(self) -> None:
+        self._world.Abort(1)
+
+
+def _use(world: Any) -> None:
+    """Let the compiled all-reduce run over `world`."""
+
+    def all_reduce(x: Tensor) -> Tensor:
+        wide = x.contiguous() if x.dtype == torch.float32 else x.float()  # bf16 sums are rounded once
+        out = torch.empty_like(wide)
+        world.Allreduce(wide.numpy(), out.numpy())
+        return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+    _library.impl("all_reduce", all_reduce, "CPU")
+
+
+@torch.library.register_fake("ffn_fusion::all_reduce", lib=_library)
+def _all_reduce_shape(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _all_reduce_cuda(x: Tensor) -> Tensor:
+    raise NotImplementedError("ffn_fusion::all_reduce has no CUDA path yet; run the engine on the CPU")
+
+
+_library.impl("all_reduce", _all_reduce_cuda, "CUDA")

@@ -1,0 +1,55 @@
+"""The contract of an engine directory: config.json beside the programs and one weight file a rank."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from builder.architecture import Architecture
+from builder.errors import UserError
+from builder.storage import read_json, write_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`architecture` is that of the whole model, widths padded. Lengths count tokens."""
+
+    version: int = VERSION
+    backend: str
+    checkpoint_digest: str
+    architecture: Architecture
+    dtype: str
+    tp_size: int
+    pp_size: int
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    hardware: dict[str, Any]
+    compiler: dict[str, Any]
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size
+
+    def write(self, directory: Path) -> None:
+        """Write config.json."""
+        write_json(directory / "config.json", {**asdict(self), "architecture": self.architecture.to_dict()})
+
+
+def read(directory: Path) -> Manifest:
+    """Read config.json. Raises UserError where it is none of ours, or of another version."""
+    file = directory / "config.json"
+    values = read_json(file)
+    if values.get("version") != VERSION:
+        raise UserError(f"{file}: version {values.get('version')!r} is not {VERSION}; build the engine again")
+    wrong = {f.name for f in fields(Manifest)} ^ set(values)
+    if wrong:
+        raise UserError(f"{file}: key {sorted(wrong)[0]!r} is missing or unknown; build the engine again")
+    try:
+        architecture = Architecture.from_dict(values.pop("architecture"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: architecture is broken ({error}); build the engine again") from None
+    return Manifest(architecture=architecture, **values)

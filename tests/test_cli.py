@@ -1,0 +1,179 @@
+"""Every command through the real entry point: results, exit codes, one line of error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ffn_fusion import main
+
+CONFIG_49B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 80,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def assert_fails(result: Result, code: int, *words: str) -> None:
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    if code == 1:
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[-1]
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; import ffn_fusion\n"
+        "try: ffn_fusion.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'tritonclient', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for command in (
+        "build-engine",
+        "compare-latency",
+        "convert",
+        "demo",
+        "deploy",
+        "doctor",
+        "fuse",
+        "generate",
+    ):
+        assert command in result.stdout
+
+
+def test_convert_imports_no_torch(tiny_hf: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, ffn_fusion\n"
+        f"try: ffn_fusion.main(['convert', {str(tiny_hf)!r}, '-o', {str(tmp_path / 'c')!r}])\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "c" / "rank0.safetensors").is_file()
+
+
+def test_build_engine_is_a_command_of_its_own() -> None:
+    script = Path(sys.executable).with_name("build-engine")
+    result = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "--max-seq-len" in result.stdout
+
+
+def test_inspect_takes_a_bare_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_49B))
+    result = run("inspect", tmp_path / "config.json", "--tp", 8, "--json")
+    assert result.exit_code == 0, result.output
+    counts = json.loads(result.stdout)
+    assert counts["parameters"] == 70_553_706_496
+    assert counts["kv_bytes_per_token"] == 80 * 2 * 8 * 128 * 2
+    assert counts["all_reduces_per_token"] == 160
+    assert "attention-free runs  none" in run("inspect", tmp_path).stdout
+
+
+def test_fuse_then_convert(tiny_hf: Path, tmp_path: Path) -> None:
+    result = run("fuse", tiny_hf, "--drop-attention", "2-5", "-o", tmp_path / "fused", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["layers"] == [[0], [1], [2, 3, 4], [5]]
+    counts = json.loads(run("inspect", tmp_path / "fused", "--json").stdout)
+    assert counts["attention_free_runs"] == [[2, 3]]
+    result = run("convert", tmp_path / "fused", "--tp", 2, "-o", tmp_path / "checkpoint")
+    assert result.exit_code == 0, result.output
+    assert "4 layers for TP 2" in result.stdout
+
+
+def test_plan_file_says_the_same_as_options(tiny_hf: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("drop_attention: [2, 3, 4, 5]\nfuse: [[2, 4]]\nnorm: fold\n")
+    assert run("convert", tiny_hf, "--plan", plan, "-o", tmp_path / "a").exit_code == 0
+    assert run("convert", tiny_hf, "--drop-attention", "2-5", "-o", tmp_path / "b").exit_code == 0
+    for name in ("config.json", "rank0.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("drop: [1]", "key 'drop' is unknown; keys are model, drop_attention, fuse, norm"),
+        ("drop_attention: [one]", "layers: 'one' is not a layer number"),
+        ("fuse: [3]", "fuse: 3 is not [first, last]"),
+        ("norm: mean", "norm: 'mean' is not one of fold, last"),
+        ("model: abc", "made for model abc"),
+        ("- 1", "not a mapping"),
+        ("{", "not valid YAML"),
+    ],
+)
+def test_wrong_plans(tiny_hf: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    result = run("fuse", tiny_hf, "--plan", tmp_path / "plan.yaml", "-o", tmp_path / "out")
+    assert_fails(result, 1, message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--drop-attention", "2-3", "--group", "2-4"), 1, "group 2-4 crosses layer 4, which has attention"),
+        (("--drop-attention", "9"), 1, "layer 9 does not exist; the model has 0-5"),
+        (("--drop-attention", "x"), 1, "'x' is not a layer number"),
+        (("--drop-attention", "3-2"), 1, "runs backwards"),
+        ((), 1, "nothing to drop"),
+        (("--no-fuse", "--group", "1-2"), 2, "contradict"),
+        (("--plan", "p", "--group", "1-2"), 2, "--plan says it all"),
+        (("--norm", "mean"), 2, "'mean' is not one of"),
+    ],
+)
+def test_wrong_fusions(tiny_hf: Path, tmp_path: Path, options: tuple, code: int, message: str) -> None:
+    assert_fails(run("fuse", tiny_hf, *options, "-o", tmp_path / "out"), code, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_models_and_outputs(tiny_hf: Path, tmp_path: Path) -> None:
+    assert_fails(run("inspect", tmp_path / "none"), 1, "no such model directory")
+    assert_fails(run("convert", tiny_hf, "--tp", 3, "-o", tmp_path / "c"), 1, "tp_size: 3 does not divide")
+    (tmp_path / "there").mkdir()
+    assert_fails(run("convert", tiny_hf, "-o", tmp_path / "there"), 1, "exists; remove it")
+    assert_fails(run("convert", tiny_hf, "-o", tmp_path / "no" / "c"), 1, "no such directory; create it")
+    assert_fails(run("convert", tiny_hf), 2, "Missing option")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run("--debug", "inspect", tmp_path / "none")
+    assert result.exit_code == 1
+    assert type(result.exception).__name__ == "UserError"
+
+
+def test_build_engine_for_tensorrt_llm_says_what_it_needs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = run("build-engine", tiny_checkpoint, "--backend", "tensorrt-llm", "-o", tmp_path / "e")
+    assert_fails(result, 1, "TensorRT-LLM 0.20 to 1.2", "H100 or H200", "sm_90")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_names_every_path() -> None:
+    checks = json.loads(run("doctor", "--json").stdout)
+    assert checks["convert, fuse"]["ready"]
+    assert not checks["TensorRT-LLM engine"]["ready"]
+    assert "needs TensorRT-LLM" in checks["TensorRT-LLM engine"]["detail"]

@@ -1,0 +1,226 @@
+"""The serving commands: deploy, compare-latency, demo, doctor."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from builder.cli import DIRECTORY, JSON, emit
+from builder.errors import UserError
+
+if TYPE_CHECKING:
+    from triton_repo.client import Endpoint
+
+
+@click.command()
+@click.argument("source", type=DIRECTORY)
+@click.option("-o", "--output", type=DIRECTORY, help="The model repository to write.")
+@click.option("--tokenizer", type=DIRECTORY, help="The Hugging Face directory that holds tokenizer.json.")
+@click.option("--serve", is_flag=True, help="Serve in the foreground until interrupted.")
+@click.option("--write-only", is_flag=True, help="Write the repository without trying it.")
+@click.option(
+    "--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."
+)
+@JSON
+def deploy(
+    source: Path,
+    output: Path | None,
+    tokenizer: Path | None,
+    serve: bool,
+    write_only: bool,
+    http_port: int,
+    as_json: bool,
+) -> None:
+    """Write a Triton model repository for SOURCE, an engine, and try it: one token must come back.
+
+    SOURCE may also be a repository written before; then --serve serves it as it is.
+
+    \b
+    Examples:
+        ffn-fusion deploy engine --tokenizer model -o repository
+        ffn-fusion deploy repository --serve
+        curl -d '{"text_input": "def", "max_tokens": 8}' localhost:8000/v2/models/ensemble/generate
+    """
+    from triton_repo.server import Server
+
+    if serve and write_only:
+        raise click.UsageError("--serve and --write-only contradict each other")
+    repository = _repository(source, output, tokenizer)
+    if write_only:
+        emit({"repository": str(repository), "tried": False}, as_json, f"{repository}: written, not tried")
+        return
+    with Server(repository, http_port=http_port if serve else 0) as server:
+        if serve:
+            url = f"{server.url}/v2/models/ensemble/generate"
+            emit(
+                {"repository": str(repository), "url": server.url}, as_json, f"serving {repository} on {url}"
+            )
+            sys.stdout.flush()
+            server.wait()
+    if not serve:
+        text = f"{repository}: served a token; now: ffn-fusion deploy {repository} --serve"
+        emit({"repository": str(repository), "tried": True}, as_json, text)
+
+
+def _repository(source: Path, output: Path | None, tokenizer: Path | None) -> Path:
+    """The repository to serve: SOURCE itself, or one written from the engine SOURCE."""
+    if (source / "ensemble" / "config.pbtxt").is_file():
+        if output or tokenizer:
+            raise click.UsageError("SOURCE is a repository already; leave out --output and --tokenizer")
+        return source
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"{source}: neither an engine nor a model repository; make an engine with build-engine"
+        )
+    if output is None or tokenizer is None:
+        raise click.UsageError("an engine needs --tokenizer DIR and -o REPOSITORY")
+    from triton_repo.repository import write_repository
+
+    write_repository(source, tokenizer, output)
+    return output
+
+
+@click.command("compare-latency")
+@click.argument("baseline")
+@click.argument("candidate")
+@click.option(
+    "-o", "--output", type=DIRECTORY, required=True, help="Directory for report.json and report.html."
+)
+@click.option(
+    "--tokenizer", type=DIRECTORY, help="Hugging Face directory with tokenizer.json; engines need it."
+)
+@click.option("--prompts", type=DIRECTORY, help="Text file with one prompt a line. Default: a few built in.")
+@click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--concurrency", default="1,2,4", show_default=True, help="Requests in flight, a list.")
+@click.option(
+    "--rounds", type=click.IntRange(2), default=8, show_default=True, help="Interleaved rounds a level."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@JSON
+def compare_latency(
+    baseline: str,
+    candidate: str,
+    output: Path,
+    tokenizer: Path | None,
+    prompts: Path | None,
+    max_tokens: int,
+    concurrency: str,
+    rounds: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Measure CANDIDATE against BASELINE through Triton: two engines, or two URLs of running servers.
+
+    \b
+    Examples:
+        ffn-fusion compare-latency engines/parent engines/fused --tokenizer model -o report
+        ffn-fusion compare-latency http://a:8000 http://b:8000 -o report
+    """
+    from rich.console import Console
+
+    from triton_repo import compare, report
+
+    texts = read_prompts(prompts) if prompts else list(compare.DEFAULT_PROMPTS)
+    levels = parse_concurrency(concurrency)
+    report.check_output(output)
+    with ExitStack() as stack:
+        ends = [_endpoint(stack, given, tokenizer) for given in (baseline, candidate)]
+        facts = [engine_facts(Path(given)) for given in (baseline, candidate)]
+        comparison = compare.compare(
+            *ends,
+            prompts=texts,
+            max_tokens=max_tokens,
+            concurrency=levels,
+            rounds=rounds,
+            seed=seed,
+            baseline_facts=facts[0],
+            candidate_facts=facts[1],
+        )
+    report.write_report(comparison, output)
+    if as_json:
+        emit(comparison.to_dict(), True, "")
+        return
+    report.print_table(comparison, Console())
+    click.echo(f"{output / 'report.html'}")
+
+
+def parse_concurrency(text: str) -> tuple[int, ...]:
+    """`1,2,4` as numbers."""
+    levels = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.split(","))
+    if min(levels) < 1 or len(set(levels)) != len(levels):
+        raise click.BadParameter(
+            f"{text!r} is no list of unlike positive numbers", param_hint="--concurrency"
+        )
+    return levels
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8 text; give a text file with one prompt a line") from None
+    if not lines:
+        raise UserError(f"{file}: empty; give one prompt a line")
+    return lines
+
+
+def _endpoint(stack: ExitStack, given: str, tokenizer: Path | None) -> Endpoint:
+    """A running endpoint: the URL given, or a server started for the engine given."""
+    import tempfile
+
+    from triton_repo.client import Endpoint
+    from triton_repo.repository import write_repository
+    from triton_repo.server import Server
+
+    if given.startswith(("http://", "https://")):
+        return Endpoint(given.rstrip("/"))
+    if tokenizer is None:
+        raise click.UsageError("engines need --tokenizer DIR")
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    write_repository(Path(given), tokenizer, scratch / "repository")
+    return Endpoint(stack.enter_context(Server(scratch / "repository")).url)
+
+
+def engine_facts(engine: Path) -> dict | None:
+    """What the report says of an engine; None for a URL."""
+    if not (engine / "config.json").is_file():
+        return None
+    from builder.cli import summary
+    from engines import manifest
+
+    built = manifest.read(engine)
+    size = 4 if built.dtype == "float32" else 2
+    return {"engine": engine.name, "dtype": built.dtype, **summary(built.architecture, built.tp_size, size)}
+
+
+@click.command()
+@click.option(
+    "-o", "--output", type=DIRECTORY, default=Path("demo"), show_default=True, help="Directory to write."
+)
+def demo(output: Path) -> None:
+    """Go the whole way on a small real model: train, drop, fuse, convert, build, serve, compare.
+
+    Needs no GPU and no network. The parent is trained once and kept in the user's cache directory.
+    """
+    from triton_repo.demo import run
+
+    run(output)
+
+
+@click.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """What this machine can do, and why not the rest."""
+    from triton_repo.doctor import checks
+
+    results = checks()
+    lines = [f"{'ready  ' if c.ready else 'missing'}  {c.name:28} {c.detail}" for c in results]
+    emit({c.name: {"ready": c.ready, "detail": c.detail} for c in results}, as_json, "\n".join(lines))
+
+
+COMMANDS = (deploy, compare_latency, demo, doctor)
