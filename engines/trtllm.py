@@ -24,8 +24,8 @@ def check() -> str:
     if not gpus:
         raise UserError(f"backend tensorrt-llm {NEEDS}; no such GPU is visible to nvidia-smi")
     raise UserError(
-        f"backend tensorrt-llm: TensorRT-LLM {version} and {len(gpus)} x {gpus[0]} are here, but this release "
-        "does not build its engines; run trtllm-build on the checkpoint directory"
+        f"backend tensorrt-llm: TensorRT-LLM {version} and {len(gpus)} x {gpus[0]} are here, but this "
+        "release does not build its engines; run trtllm-build on the checkpoint directory"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram, export
 
-from builder.decoder import Decoder
+from builder.decoder import Decoder, rope_frequencies
 from engines.embedded import collectives  # noqa: F401  defines the all-reduce
 from engines.manifest import Manifest, read
 
@@ -29,7 +29,8 @@ def empty_decoder(manifest: Manifest) -> Decoder:
     dtype = getattr(torch, manifest.dtype)
     weights = {name: torch.empty(x.shape, dtype=dtype) for name, x in decoder.state_dict().items()}
     decoder.load_state_dict(weights, assign=True)
-    decoder.rope_frequencies = torch.empty(local.head_dim // 2)
+    # Inductor writes constants of up to 8 numbers into the code, so these must be the real ones.
+    decoder.rope_frequencies = rope_frequencies(local.rope, local.head_dim)
     return decoder.eval().requires_grad_(False)
 
 
@@ -44,7 +45,7 @@ def exported(manifest: Manifest, kind: str) -> ExportedProgram:
     tokens = torch.zeros(b, t, dtype=torch.int64)
     slots, span = torch.zeros(b, dtype=torch.int64), torch.arange(3)
     dims = {0: batch} if kind == "decode" else {1: length}
-    shapes = (
+    shapes: tuple[Any, ...] = (
         dims,
         dims,
         [{}] * len(cache),

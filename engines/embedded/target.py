@@ -68,7 +68,7 @@ def check(engine: Path, manifest: Manifest) -> None:
     """Raises UserError where this engine cannot run here: backend, processor, torch or files."""
     if manifest.backend != BACKEND:
         raise UserError(
-            f"{engine}: backend {manifest.backend!r} is not {BACKEND!r}; build it again with --backend {BACKEND}"
+            f"{engine}: backend {manifest.backend!r}, needed is {BACKEND!r}; build with --backend {BACKEND}"
         )
     machine = manifest.hardware.get("machine")
     if machine != platform.machine():

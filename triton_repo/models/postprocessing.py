@@ -1,0 +1,60 @@
+"""Triton's Python backend: tokens to text, so that streamed pieces join to the whole text."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from tokenizers import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def stable(text: str) -> str:
+    """`text` without a character that may not be whole yet: an unfinished one decodes to up to three
+    replacement characters at the end."""
+    kept = len(text)
+    while kept > max(0, len(text) - 3) and text[kept - 1] == REPLACEMENT:
+        kept -= 1
+    return text[:kept]
+
+
+def new_text(decode, prefix: list[int], tokens: list[int], final: bool) -> str:
+    """What `tokens` add to the text that `prefix` has shown already.
+
+    Both are decoded from the same start, so spaces and characters split over tokens come out as they
+    do in the whole text.
+    """
+    whole = decode(prefix + tokens)
+    shown = stable(decode(prefix)) if prefix else ""
+    return (whole if final else stable(whole))[len(shown) :]
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict) -> None:
+        parameters = json.loads(args["model_config"])["parameters"]
+        directory = Path(parameters["tokenizer_dir"]["string_value"])
+        self.skip = parameters["skip_special_tokens"]["string_value"] == "true"
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=self.skip)
+
+    def execute(self, requests: list) -> list:
+        return [self.respond(request) for request in requests]
+
+    def respond(self, request):
+        batch, lengths = (
+            pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+            for name in ("TOKENS_BATCH", "SEQUENCE_LENGTH")
+        )
+        prefix = pb_utils.get_input_tensor_by_name(request, "PREFIX_IDS")
+        final = pb_utils.get_input_tensor_by_name(request, "FINAL")
+        prefix_ids = [] if prefix is None else [i for i in prefix.as_numpy().flatten().tolist() if i >= 0]
+        is_final = True if final is None else bool(final.as_numpy().flat[0])
+        texts = [
+            new_text(self.decode, prefix_ids, beam[:length].tolist(), is_final)
+            for beam, length in zip(batch[0], lengths[0], strict=True)
+        ]
+        out = np.array([[text.encode() for text in texts]], dtype=object)
+        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("OUTPUT", out)])

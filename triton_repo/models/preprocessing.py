@@ -1,0 +1,82 @@
+"""Triton's Python backend: text to tokens."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from tokenizers import Tokenizer
+
+
+def end_ids(directory: Path) -> list[int]:
+    """The end-of-text tokens of a model directory, the most specific file first."""
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        value = json.loads(file.read_text())["eos_token_id"] if _has_end(file) else None
+        if value is not None:
+            return list(value) if isinstance(value, list) else [value]
+    return []
+
+
+def _has_end(file: Path) -> bool:
+    return file.is_file() and "eos_token_id" in json.loads(file.read_text())
+
+
+def word_list(words: list[list[int]]) -> np.ndarray:
+    """TensorRT-LLM's [1, 2, N]: tokens one after another, and where each word ends, then -1."""
+    tokens = [token for word in words for token in word]
+    size = max(1, len(tokens))
+    out = np.full((1, 2, size), -1, np.int32)
+    out[0, 0, : len(tokens)] = tokens
+    out[0, 1, : len(words)] = np.cumsum([len(word) for word in words])
+    return out
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict) -> None:
+        parameters = json.loads(args["model_config"])["parameters"]
+        directory = Path(parameters["tokenizer_dir"]["string_value"])
+        self.special = parameters["add_special_tokens"]["string_value"] == "true"
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.end_ids = end_ids(directory)
+
+    def execute(self, requests: list) -> list:
+        return [self.respond(request) for request in requests]
+
+    def respond(self, request):
+        try:
+            return pb_utils.InferenceResponse(output_tensors=self.encode(request))
+        except ValueError as error:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+
+    def encode(self, request) -> list:
+        text = self.texts(request, "QUERY")[0]
+        if any(self.texts(request, "BAD_WORDS_DICT")):
+            raise ValueError("bad_words: not supported by the embedded engine; leave it out")
+        ids = self.tokenizer.encode(text, add_special_tokens=self.special).ids
+        if not ids:
+            raise ValueError("text_input: empty; give a prompt")
+        end = pb_utils.get_input_tensor_by_name(request, "END_ID")
+        ends = [int(end.as_numpy().flat[0])] if end is not None else self.end_ids
+        words = [[token] for token in ends[1:]]
+        for word in self.texts(request, "STOP_WORDS_DICT"):
+            if word:
+                words.append(self.tokenizer.encode(word, add_special_tokens=False).ids)
+        length = pb_utils.get_input_tensor_by_name(request, "REQUEST_OUTPUT_LEN").as_numpy().reshape(1, 1)
+        values = {
+            "INPUT_ID": np.array([ids], np.int32),
+            "REQUEST_INPUT_LEN": np.array([[len(ids)]], np.int32),
+            "REQUEST_OUTPUT_LEN": length.astype(np.int32),
+            "STOP_WORDS_IDS": word_list(words),
+            "OUT_END_ID": np.array([[ends[0] if ends else -1]], np.int32),
+        }
+        return [pb_utils.Tensor(name, value) for name, value in values.items()]
+
+    def texts(self, request, name: str) -> list[str]:
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            return []
+        try:
+            return [bytes(value).decode("utf-8") for value in tensor.as_numpy().flat]
+        except UnicodeDecodeError:
+            raise ValueError(f"{name}: not valid UTF-8; encode the text as UTF-8") from None

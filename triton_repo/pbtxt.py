@@ -1,0 +1,78 @@
+"""config.pbtxt from typed data, through Triton's own protobuf, so that what is written can be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from builder.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A model's input or output; `dims` leave the batch dimension out, -1 is any size."""
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...] = (1,)
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A model of an ensemble; the maps go from its tensor names to the ensemble's."""
+
+    model: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One model of a repository: in Triton's Python backend, or an ensemble where it has steps."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    max_batch_size: int = 1
+    decoupled: bool = False
+    parameters: dict[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+
+
+def text(model: Model) -> str:
+    """The config.pbtxt of `model`, read back and compared before it is returned."""
+    message = _message(model)
+    from google.protobuf import text_format
+
+    written = text_format.MessageToString(message)
+    again = text_format.Parse(written, type(message)())
+    assert again == message, model.name
+    return written
+
+
+def _message(model: Model) -> Any:
+    try:
+        from tritonclient.grpc import model_config_pb2
+    except ModuleNotFoundError:
+        raise UserError("tritonclient is missing; pip install 'ffn-fusion[triton]'") from None
+    config = model_config_pb2.ModelConfig(name=model.name, max_batch_size=model.max_batch_size)
+    for tensor in model.inputs:
+        entry = config.input.add(name=tensor.name, dims=tensor.dims, optional=tensor.optional)
+        entry.data_type = model_config_pb2.DataType.Value(f"TYPE_{tensor.data_type}")
+    for tensor in model.outputs:
+        output = config.output.add(name=tensor.name, dims=tensor.dims)
+        output.data_type = model_config_pb2.DataType.Value(f"TYPE_{tensor.data_type}")
+    for key, value in model.parameters.items():
+        config.parameters[key].string_value = value
+    if model.steps:
+        config.platform = "ensemble"
+        for step in model.steps:
+            entry = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
+            entry.input_map.update(step.inputs)
+            entry.output_map.update(step.outputs)
+        return config
+    config.backend = "python"
+    config.instance_group.add(count=1, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    config.model_transaction_policy.decoupled = model.decoupled
+    return config
