@@ -1,7 +1,7 @@
 """What a session and rank 0 tell each other: one JSON object a line over a Unix socket.
 
 session -> rank 0   {"submit": id, "request": {...}}, {"cancel": id}; the end of the stream ends the ranks
-rank 0 -> session   {"ready": [pid, ...]} or {"refused": text} once, then {"outputs": [[id, tokens, reason], ...]}
+rank 0 -> session   {"ready": [pid, ...]} or {"refused": text}, then {"outputs": [[id, tokens, reason], ...]}
 """
 
 from __future__ import annotations

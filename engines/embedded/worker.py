@@ -7,6 +7,7 @@ ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -14,7 +15,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 from builder.errors import UserError
 from engines import hardware
@@ -39,12 +42,9 @@ class Connection:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        with self._socket.makefile("rb") as lines:
-            try:
-                for line in lines:
-                    self._inbox.put(protocol.decode(line))
-            except ConnectionError:
-                pass  # the session died; the same as the end of the stream
+        with self._socket.makefile("rb") as lines, contextlib.suppress(ConnectionError):
+            for line in lines:
+                self._inbox.put(protocol.decode(line))
         self._inbox.put(None)
         time.sleep(_GRACE_S)
         os._exit(1)
@@ -57,10 +57,8 @@ class Connection:
         return messages
 
     def send(self, message: Message) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reading thread sees it too
             self._socket.sendall(protocol.encode(message))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the reading thread sees the end of the stream as well
 
 
 class Leader:
@@ -149,20 +147,22 @@ def main(engine: str, path: str, *mpi: str) -> None:
     leading = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == 0
     connection = Connection(path) if leading else None
     communicator: Communicator = MPIRanks() if mpi else Alone()
+    sys.excepthook = _abort_hook(communicator)
     try:
         serve(Path(engine), communicator, connection)
     except UserError as error:
         if connection is not None:
             connection.send({"refused": str(error)})
-        _fail(communicator, f"{error}")
-    except BaseException as error:
-        traceback.print_exc()
-        _fail(communicator, f"{type(error).__name__}: {error}")
+        raise
 
 
-def _fail(communicator: Communicator, message: str) -> None:
-    print(f"error: rank {communicator.rank}: {message}", file=sys.stderr, flush=True)  # noqa: T201
-    communicator.abort()
+def _abort_hook(communicator: Communicator) -> Callable[..., None]:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        traceback.print_exception(kind, error, trace)
+        print(f"error: rank {communicator.rank}: {kind.__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        communicator.abort()
+
+    return hook
 
 
 if __name__ == "__main__":
