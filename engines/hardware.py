@@ -32,10 +32,3 @@ def gpus() -> list[str]:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     return result.stdout.split("\n")[:-1] if result.returncode == 0 else []
-
-
-def compiler() -> dict[str, Any]:
-    """torch's version and the CPU instruction set its kernels and ours are compiled for."""
-    import torch
-
-    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}

@@ -36,27 +36,14 @@ def print_table(comparison: Comparison, console: Console) -> None:
     from rich.table import Table
 
     table = Table(title="candidate / baseline, with 95% interval")
-    for name in (
-        "",
-        "clients",
-        "baseline p50",
-        "p90",
-        "p99",
-        "mean",
-        "candidate p50",
-        "p90",
-        "p99",
-        "mean",
-        "ratio",
-    ):
-        table.add_column(name, justify="left" if not name else "right")
+    for name in ("", "clients", "", "p50", "p90", "p99", "mean", "ratio"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in comparison.rows:
-        numbers = [
-            f"{getattr(s, p):.2f}"
-            for s in (row.baseline, row.candidate)
-            for p in ("p50", "p90", "p99", "mean")
-        ]
-        table.add_row(_label(row), str(row.concurrency), *numbers, interval(row))
+        for side in SIDES:
+            values = getattr(row, side)
+            numbers = (f"{x:.2f}" for x in (values.p50, values.p90, values.p99, values.mean))
+            first = (_label(row), str(row.concurrency)) if side == "baseline" else ("", "")
+            table.add_row(*first, side, *numbers, "" if side == "baseline" else interval(row))
     console.print(table)
     for note in comparison.notes:
         console.print(note)

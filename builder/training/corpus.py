@@ -61,7 +61,7 @@ def prompts(count: int) -> list[str]:
     for text in held_out_documents():
         start = text.find("\n    def ")
         if start > 400:
-            found.append(text[start - 160 : start + 40].rpartition("\n")[0] + "\n")
+            found.append(text[start - 160 : start].partition("\n")[2] + "\n\n    def ")
     if len(found) < count:
         raise UserError(f"prompts: {len(found)} can be had, {count} were asked for")
     return found[:count]

@@ -21,7 +21,13 @@ from engines.embedded import protocol
 from engines.embedded.process import child_environment, package_root
 
 # One host: shared memory only, and waits that let the other processes of a busy machine run.
-MPI_OPTIONS = (("pml", "ob1"), ("btl", "self,sm"), ("mpi_yield_when_idle", "1"))
+# Messages are small, and a container may have no more than 64 MB of shared memory.
+MPI_OPTIONS = (
+    ("pml", "ob1"),
+    ("btl", "self,sm"),
+    ("btl_sm_segment_size", str(4 << 20)),
+    ("mpi_yield_when_idle", "1"),
+)
 
 
 class EngineError(RuntimeError):

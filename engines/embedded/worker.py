@@ -37,7 +37,12 @@ class Connection:
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(path)
+        try:
+            self._socket.connect(path)
+        finally:  # of no more use, and the session may be gone already
+            with contextlib.suppress(FileNotFoundError):
+                Path(path).unlink()
+                Path(path).parent.rmdir()
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
