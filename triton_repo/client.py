@@ -76,7 +76,10 @@ def _error(body: bytes) -> str:
 
 def _event(endpoint: Endpoint, data: bytes) -> str:
     """The text of one response. Errors come with HTTP 200 too."""
-    value = json.loads(data)
+    try:
+        value = json.loads(data)
+    except ValueError:
+        raise UserError(f"{endpoint.url}: the server broke off inside a response") from None
     if "error" in value:
         raise UserError(f"{endpoint.url}: {value['error']}")
     return str(value["text_output"])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"baseline": "#8a8f98", "candidate": "#2f80ed"}  # both read on light and on dark
 INK = "#808080"
+TABLE_WIDTH = 104
 REMOVED = {
     "layers": "layers",
     "attention_layers": "attention layers",
@@ -33,9 +34,10 @@ def check_output(directory: Path) -> None:
 
 def print_table(comparison: Comparison, console: Console) -> None:
     """All metrics on the terminal."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="candidate / baseline, with 95% interval")
+    table = Table(title="candidate / baseline, with 95% interval", box=box.SIMPLE)
     for name in ("", "clients", "", "p50", "p90", "p99", "mean", "ratio"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in comparison.rows:
@@ -44,7 +46,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
             numbers = (f"{x:.2f}" for x in (values.p50, values.p90, values.p99, values.mean))
             first = (_label(row), str(row.concurrency)) if side == "baseline" else ("", "")
             table.add_row(*first, side, *numbers, "" if side == "baseline" else interval(row))
-    console.print(table)
+    console.print(table, width=TABLE_WIDTH, crop=False)
     for note in comparison.notes:
         console.print(note)
     console.print(headline(comparison), style="bold")
@@ -173,7 +175,7 @@ def _concurrency(comparison: Comparison) -> str:
         )
     axes.set_xticks(range(len(levels)), [str(level) for level in levels])
     axes.set(xlabel="clients at once", ylabel="request latency, ms (p50 to p99)", ylim=(0, None))
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
     return _svg(figure)
 
 

@@ -41,7 +41,7 @@ class Ranks:
     """
 
     def __init__(self, engine: Path, tp_size: int) -> None:
-        self._pids: list[int] = []
+        self.pids: list[int] = []
         self._lines: deque[str] = deque(maxlen=40)
         self._connection: socket.socket | None = None
         self._directory = tempfile.mkdtemp(prefix="ffn-fusion-")  # only this user may enter
@@ -99,7 +99,7 @@ class Ranks:
         message = protocol.decode(line)
         if "refused" in message:
             raise UserError(message["refused"])
-        self._pids = message["ready"]
+        self.pids = message["ready"]
         self._connection.settimeout(None)
 
     def _accept(self, deadline: float) -> socket.socket:
@@ -158,7 +158,7 @@ class Ranks:
         try:
             self._process.wait(2)
         except subprocess.TimeoutExpired:
-            for pid in self._pids:
+            for pid in self.pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             os.killpg(self._process.pid, signal.SIGKILL)

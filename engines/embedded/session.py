@@ -73,6 +73,11 @@ class Session:
         self._receiver = threading.Thread(target=self._receive, daemon=True)
         self._receiver.start()
 
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the ranks, rank 0 first."""
+        return self._ranks.pids
+
     def generate(self, request: Request) -> Generation:
         """Queue a request; its outputs come step by step.
 

@@ -1,0 +1,81 @@
+"""The work of a rank once it is connected: rank 0 leads, the others follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engines import hardware
+from engines.embedded import protocol, step
+from engines.embedded.collectives import Communicator
+from engines.embedded.connection import Connection
+from engines.embedded.request import Output
+from engines.embedded.runtime import Runtime
+from engines.embedded.sampling import Sampler, sample
+from engines.embedded.scheduler import Scheduler
+
+
+class Leader:
+    """Rank 0's work: requests in, steps through all ranks, tokens out."""
+
+    def __init__(self, runtime: Runtime, communicator: Communicator, connection: Connection) -> None:
+        self._runtime, self._communicator, self._connection = runtime, communicator, connection
+        self._scheduler = Scheduler(runtime.manifest.max_batch_size)
+        self._samplers: dict[int, Sampler] = {}
+
+    def run(self) -> None:
+        """Until the session ends."""
+        while self._take_messages():
+            if results := self._step():
+                self._connection.send(protocol.outputs(results))
+        self._communicator.send_step(step.encode(None))
+
+    def _take_messages(self) -> bool:
+        for message in self._connection.receive(wait=self._scheduler.idle):
+            if message is None:
+                return False
+            if "submit" in message:
+                request = protocol.submitted(message)
+                self._samplers[message["submit"]] = Sampler(request)
+                self._scheduler.submit(message["submit"], request)
+            else:
+                self._samplers.pop(message["cancel"], None)
+                self._scheduler.cancel(message["cancel"])
+        return True
+
+    def _step(self) -> list[tuple[int, Output]]:
+        work = self._scheduler.next_step()
+        if work is None:
+            return []
+        this, rows = work
+        self._communicator.send_step(step.encode(this))
+        logits = self._runtime.run(this)
+        assert logits is not None, "rank 0 has the logits"
+        tokens = sample(logits, [self._samplers[row.request_id] for row in rows])
+        results = self._scheduler.advance(rows, tokens)
+        for request_id, output in results:
+            if output.finish_reason:
+                del self._samplers[request_id]
+        return results
+
+
+def follow(runtime: Runtime, communicator: Communicator) -> None:
+    """What the other ranks do: every step that rank 0 sends."""
+    manifest = runtime.manifest
+    longest = step.max_message_size(manifest.max_batch_size, manifest.max_input_len)
+    while (this := step.decode(communicator.receive_step(longest))) is not None:
+        runtime.run(this)
+
+
+def serve(engine: Path, communicator: Communicator, connection: Connection | None) -> None:
+    """Load this rank and work until the session ends."""
+    torch.set_num_threads(max(1, hardware.cores() // communicator.size))
+    torch.set_grad_enabled(False)
+    runtime = Runtime(engine, communicator)
+    pids = communicator.gather_pids()
+    if connection is None:
+        follow(runtime, communicator)
+    else:
+        connection.send({"ready": pids})
+        Leader(runtime, communicator, connection).run()

@@ -1,0 +1,231 @@
+"""The client against a small server of controlled behaviour (the real one is in test_server), the
+statistics against known answers, and the report's page."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from builder.errors import UserError
+from triton_repo import compare, report
+from triton_repo.client import Endpoint, RequestTiming, generate, measure, stream
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Streams max_tokens pieces `gap_s` apart; prompts name what goes wrong."""
+
+    gap_s = 0.0
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = request["text_input"]
+        if prompt == "refuse":
+            return self.reply(400, json.dumps({"error": "max_tokens: too many"}))
+        if prompt == "error behind 200":
+            return self.reply(200, 'data: {"error": "engine died"}\n\n')
+        if not request.get("stream"):
+            return self.reply(200, json.dumps({"text_output": "whole"}))
+        self.send_response(200)
+        self.end_headers()
+        for i in range(request["max_tokens"]):
+            if prompt == "break off" and i == 2:
+                self.wfile.write(b'data: {"text_ou')
+                return None
+            time.sleep(self.gap_s)
+            self.wfile.write(f"data: {json.dumps({'text_output': f'{i} '})}\n\n".encode())
+        return None
+
+    def reply(self, status: int, body: str) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+class SlowHandler(Handler):
+    gap_s = 0.02
+
+
+@pytest.fixture(params=[Handler])
+def endpoint(request: pytest.FixtureRequest) -> Iterator[Endpoint]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), request.param)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Endpoint(f"http://127.0.0.1:{server.server_port}", timeout_s=10)
+    server.shutdown()
+    server.server_close()
+
+
+def test_client_reads_whole_and_streamed_text(endpoint: Endpoint) -> None:
+    assert generate(endpoint, "x", max_tokens=3) == "whole"
+    assert list(stream(endpoint, "x", max_tokens=3)) == ["0 ", "1 ", "2 "]
+
+
+@pytest.mark.parametrize("endpoint", [SlowHandler], indirect=True)
+def test_client_times_each_chunk(endpoint: Endpoint) -> None:
+    timing = measure(endpoint, "x", max_tokens=5)
+    assert timing.num_chunks == 5
+    assert timing.text == "0 1 2 3 4 "
+    assert min(timing.inter_token_s) > 0.01
+    assert timing.latency_s == pytest.approx(timing.ttft_s + sum(timing.inter_token_s))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("refuse", r"127.0.0.1:\d+: max_tokens: too many \(HTTP 400\)"),
+        ("error behind 200", "engine died"),
+        ("break off", "127.0.0.1"),
+    ],
+)
+def test_client_names_what_went_wrong(endpoint: Endpoint, prompt: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measure(endpoint, prompt, max_tokens=5)
+
+
+def test_client_without_a_server() -> None:
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9: connection refused; is the server running"):
+        generate(Endpoint("http://127.0.0.1:9"), "x", max_tokens=1)
+    with pytest.raises(UserError, match="'localhost:8000' is no http:// address"):
+        Endpoint("localhost:8000")
+
+
+def make_round(side: str, generator: np.random.Generator, scale: float, chunks: int = 16) -> compare.Round:
+    gaps = tuple(scale * generator.gamma(20, 1e-4, chunks - 1))
+    timing = RequestTiming(
+        ttft_s=0.01 * scale, inter_token_s=gaps, latency_s=0.01 * scale + sum(gaps), text=""
+    )
+    return compare.Round(side=side, concurrency=1, wall_s=timing.latency_s, timings=(timing,) * 3)
+
+
+def make_rounds(scale: float, seed: int = 0, count: int = 12) -> list[compare.Round]:
+    generator = np.random.default_rng(seed)
+    return [
+        make_round(s, generator, scale if s == "candidate" else 1.0)
+        for _ in range(count)
+        for s in compare.SIDES
+    ]
+
+
+def test_statistics_are_numpys() -> None:
+    values = list(np.random.default_rng(0).gamma(2, 3, 999))
+    s = compare.statistics(values)
+    assert (s.p50, s.p90, s.p99) == tuple(np.percentile(values, (50, 90, 99)))
+    assert s.mean == pytest.approx(np.mean(values))
+    assert s.count == 999
+
+
+def test_a_difference_is_found_and_its_size_is_right() -> None:
+    row = compare.row(make_rounds(0.8), "inter_token_ms", 1, seed=0)
+    assert row.ratio.differs
+    assert row.ratio.low < 0.8 < row.ratio.high
+    assert row.ratio.value == pytest.approx(0.8, abs=0.03)
+
+
+def test_equal_sides_rarely_differ() -> None:
+    """The 95% interval leaves 1 out in about one of twenty; the bound is that of 60 trials at 1 in 1000."""
+    found = sum(
+        compare.row(make_rounds(1.0, seed), "inter_token_ms", 1, seed=0).ratio.differs for seed in range(60)
+    )
+    assert found <= 10
+
+
+def test_order_of_rounds_is_abba(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    original = compare._run_round
+
+    def record(side: str, *arguments: object) -> compare.Round:
+        order.append(side)
+        return original(side, *arguments)
+
+    monkeypatch.setattr(compare, "_run_round", record)
+    compare.compare(endpoint, endpoint, prompts=["x"], max_tokens=3, concurrency=(1,), rounds=4)
+    assert order == ["", "", *(["baseline", "candidate", "candidate", "baseline"] * 2)]
+
+
+def test_unequal_work_is_said() -> None:
+    generator = np.random.default_rng(0)
+    rounds = [make_round("baseline", generator, 1.0, 16), make_round("candidate", generator, 1.0, 9)]
+    assert "differ in length: 16.0 tokens a request from the baseline, 9.0" in compare._notes(rounds)[0]
+    assert compare._notes(make_rounds(1.0)) == ()
+
+
+FACTS = {
+    "layers": 16,
+    "attention_layers": 16,
+    "all_reduces_per_token": 32,
+    "kv_bytes_per_token": 8192,
+    "parameters": 4_000_000,
+    "tp_size": 2,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def comparison() -> compare.Comparison:
+    rounds = make_rounds(0.5)
+    return compare.Comparison(
+        rows=tuple(compare.row(rounds, metric, 1, 0) for metric in compare.METRICS),
+        inter_token_ms={s: compare._values(rounds, s, 1, "inter_token_ms") for s in compare.SIDES},
+        notes=("Outputs <differ>.",),
+        settings={"prompts": 3, "max_tokens": 16, "concurrency": [1], "rounds": 12, "seed": 0},
+        baseline_facts=FACTS,
+        candidate_facts={**FACTS, "layers": 10, "all_reduces_per_token": 18},
+        quality={"parent": {"perplexity": 10.0, "kl": None}, "fused": {"perplexity": 11.0, "kl": 0.1}},
+        hardware={"cpu": "test", "cores": 2, "machine": "x86_64", "gpus": []},
+    )
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href") and tag != "use"]
+
+
+def test_page_is_self_contained(comparison: compare.Comparison, tmp_path: Path) -> None:
+    report.write_report(comparison, tmp_path / "report")
+    page = Page()
+    text = (tmp_path / "report" / "report.html").read_text()
+    page.feed(text)
+    assert not [a for a in page.addresses if not a.startswith("#")]
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 3
+    assert "times faster per token at one client" in text
+    assert "Outputs &lt;differ&gt;." in text
+    assert "all-reduces per token" in text
+    values = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [row["metric"] for row in values["rows"]] == list(compare.METRICS)
+    with pytest.raises(UserError, match="exists; remove it"):
+        report.write_report(comparison, tmp_path / "report")
+
+
+def test_table_fits_a_terminal(comparison: compare.Comparison) -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print_table(comparison, console)
+    console.file.close()
+    text = console.export_text()
+    assert "inter-token latency ms" in text
+    assert report.interval(comparison.rows[1]) in text
+
+
+def test_no_difference_is_said() -> None:
+    rounds = make_rounds(1.0, seed=3)
+    row = compare.row(rounds, "inter_token_ms", 1, 0)
+    assert not row.ratio.differs
