@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 COLOURS = {"baseline": "#8a8f98", "candidate": "#2f80ed"}  # both read on light and on dark
 INK = "#808080"
-TABLE_WIDTH = 104
+SHORT = {
+    "ttft_ms": "TTFT, ms",
+    "inter_token_ms": "inter-token, ms",
+    "latency_ms": "request, ms",
+    "tokens_per_s": "tokens/s",
+}
 REMOVED = {
     "layers": "layers",
     "attention_layers": "attention layers",
@@ -37,16 +42,18 @@ def print_table(comparison: Comparison, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="candidate / baseline, with 95% interval", box=box.SIMPLE)
+    table = Table(
+        title="candidate / baseline, with 95% interval", box=box.SIMPLE, collapse_padding=True, pad_edge=False
+    )
     for name in ("", "clients", "", "p50", "p90", "p99", "mean", "ratio"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in comparison.rows:
         for side in SIDES:
             values = getattr(row, side)
-            numbers = (f"{x:.2f}" for x in (values.p50, values.p90, values.p99, values.mean))
-            first = (_label(row), str(row.concurrency)) if side == "baseline" else ("", "")
+            numbers = (_number(x) for x in (values.p50, values.p90, values.p99, values.mean))
+            first = (SHORT[row.metric], str(row.concurrency)) if side == "baseline" else ("", "")
             table.add_row(*first, side, *numbers, "" if side == "baseline" else interval(row))
-    console.print(table, width=TABLE_WIDTH, crop=False)
+    console.print(table)
     for note in comparison.notes:
         console.print(note)
     console.print(headline(comparison), style="bold")
@@ -57,9 +64,8 @@ def interval(row: Row) -> str:
     return f"{row.ratio.value:.2f} [{row.ratio.low:.2f}, {row.ratio.high:.2f}]"
 
 
-def _label(row: Row) -> str:
-    unit = "ms" if row.metric.endswith("_ms") else ""
-    return f"{METRICS[row.metric]} {unit}".strip()
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def headline(comparison: Comparison) -> str:
