@@ -39,11 +39,10 @@ def check_output(directory: Path) -> None:
 
 def print_table(comparison: Comparison, console: Console) -> None:
     """All metrics on the terminal."""
-    from rich import box
     from rich.table import Table
 
     table = Table(
-        title="candidate / baseline, with 95% interval", box=box.SIMPLE, collapse_padding=True, pad_edge=False
+        title="candidate / baseline, with 95% interval", box=None, collapse_padding=True, pad_edge=False
     )
     for name in ("", "clients", "", "p50", "p90", "p99", "mean", "ratio"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -52,7 +51,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
             values = getattr(row, side)
             numbers = (_number(x) for x in (values.p50, values.p90, values.p99, values.mean))
             first = (SHORT[row.metric], str(row.concurrency)) if side == "baseline" else ("", "")
-            table.add_row(*first, side, *numbers, "" if side == "baseline" else interval(row))
+            table.add_row(*first, side[:4], *numbers, "" if side == "baseline" else interval(row))
     console.print(table)
     for note in comparison.notes:
         console.print(note)
