@@ -54,9 +54,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--norm",
             type=click.Choice(["fold", "last"]),
-            default="fold",
-            show_default=True,
-            help="Fold the members' norms into the weights (exact), or give all the last one's (ablation).",
+            help="Fold the members' norms into the weights (exact, the default), or give all the last one's.",
         ),
     )
     for option in reversed(options):
@@ -65,14 +63,20 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def make_plan(
-    plan_file: Path | None, drop_attention: str | None, groups: tuple[str, ...], no_fuse: bool, norm: str
+    plan_file: Path | None,
+    drop_attention: str | None,
+    groups: tuple[str, ...],
+    no_fuse: bool,
+    norm: str | None,
 ) -> Plan:
     """The plan that the options of `plan_options` describe."""
     from builder import plan
 
     if plan_file is not None:
-        if drop_attention or groups or no_fuse:
-            raise click.UsageError("--plan says it all; leave out --drop-attention, --group and --no-fuse")
+        if drop_attention or groups or no_fuse or norm:
+            raise click.UsageError(
+                "--plan says it all; leave out --drop-attention, --group, --no-fuse, --norm"
+            )
         return plan.read(plan_file)
     if no_fuse and groups:
         raise click.UsageError("--no-fuse and --group contradict each other")
@@ -80,7 +84,7 @@ def make_plan(
     return plan.Plan(
         drop_attention=plan.parse_layers(drop_attention) if drop_attention else (),
         fuse=() if no_fuse else fuse,
-        norm=plan.parse_norm(norm),
+        norm=plan.parse_norm(norm or "fold"),
     )
 
 

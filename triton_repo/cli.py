@@ -72,9 +72,15 @@ def _repository(source: Path, output: Path | None, tokenizer: Path | None) -> Pa
         if output or tokenizer:
             raise click.UsageError("SOURCE is a repository already; leave out --output and --tokenizer")
         return source
+    from builder.storage import read_json
+
     if not (source / "config.json").is_file():
         raise UserError(
             f"{source}: neither an engine nor a model repository; make an engine with build-engine"
+        )
+    if "model_type" in read_json(source / "config.json"):
+        raise UserError(
+            f"{source}: a Hugging Face directory; make an engine of it with convert and build-engine"
         )
     if output is None or tokenizer is None:
         raise click.UsageError("an engine needs --tokenizer DIR and -o REPOSITORY")
@@ -130,6 +136,7 @@ def compare_latency(
     with ExitStack() as stack:
         ends = [_endpoint(stack, given, tokenizer) for given in (baseline, candidate)]
         facts = [engine_facts(Path(given)) for given in (baseline, candidate)]
+        status = stack.enter_context(Console(stderr=True).status("warming up"))
         comparison = compare.compare(
             *ends,
             prompts=texts,
@@ -139,6 +146,7 @@ def compare_latency(
             seed=seed,
             baseline_facts=facts[0],
             candidate_facts=facts[1],
+            progress=status.update,
         )
     report.write_report(comparison, output)
     if as_json:

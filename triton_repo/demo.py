@@ -151,6 +151,7 @@ def _compare(
         for name, end in ends.items():
             text = generate(end, texts[0], max_tokens=24)
             console.print(f"{name}: {texts[0]!r} -> {text!r}", highlight=False, markup=False)
+        status = stack.enter_context(Console(stderr=True).status("warming up"))
         comparison = compare(
             ends["baseline"],
             ends["candidate"],
@@ -161,6 +162,7 @@ def _compare(
             baseline_facts=engine_facts(engines["baseline"]),
             candidate_facts=engine_facts(engines["candidate"]),
             quality=quality,
+            progress=status.update,
         )
     report.write_report(comparison, output / "report")
     report.print_table(comparison, console)
