@@ -182,6 +182,20 @@ class Architecture:
             return 0
         return sum((x.attention is not None) + (x.ffn is not None) for x in self.layers)
 
+    def counts(self, tp_size: int, bytes_per_element: int) -> dict[str, Any]:
+        """All of the above by name, as `inspect` and the reports show them."""
+        return {
+            "layers": len(self.layers),
+            "attention_layers": self.num_attention_layers,
+            "ffn_widths": sorted({x.ffn.intermediate_size for x in self.layers if x.ffn}),
+            "attention_free_runs": [list(run) for run in self.attention_free_runs()],
+            "parameters": self.num_parameters,
+            "flops_per_token": self.flops_per_token(),
+            "kv_bytes_per_token": self.kv_cache_bytes_per_token(bytes_per_element),
+            "tp_size": tp_size,
+            "all_reduces_per_token": self.all_reduces_per_token(tp_size),
+        }
+
     def shard(self, tp_size: int) -> Architecture:
         """The share of one tensor-parallel rank: heads, KV heads, widths and vocabulary divided.
 

@@ -14,7 +14,6 @@ import click
 from builder.errors import UserError
 
 if TYPE_CHECKING:
-    from builder.architecture import Architecture
     from builder.plan import Plan
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -88,22 +87,6 @@ def make_plan(
     )
 
 
-def summary(architecture: Architecture, tp_size: int, bytes_per_element: int) -> dict[str, Any]:
-    """The counts of an Architecture that `inspect` and the reports show."""
-    widths = sorted({x.ffn.intermediate_size for x in architecture.layers if x.ffn})
-    return {
-        "layers": len(architecture.layers),
-        "attention_layers": architecture.num_attention_layers,
-        "ffn_widths": widths,
-        "attention_free_runs": [list(run) for run in architecture.attention_free_runs()],
-        "parameters": architecture.num_parameters,
-        "flops_per_token": architecture.flops_per_token(),
-        "kv_bytes_per_token": architecture.kv_cache_bytes_per_token(bytes_per_element),
-        "tp_size": tp_size,
-        "all_reduces_per_token": architecture.all_reduces_per_token(tp_size),
-    }
-
-
 @click.command()
 @click.argument("model", type=DIRECTORY)
 @click.option(
@@ -127,7 +110,7 @@ def inspect(model: Path, tp_size: int, kv_dtype: str, as_json: bool) -> None:
     from builder import huggingface
 
     architecture = huggingface.read_architecture(model)
-    counts = summary(architecture, tp_size, {"float32": 4, "bfloat16": 2, "fp8": 1}[kv_dtype])
+    counts = architecture.counts(tp_size, {"float32": 4, "bfloat16": 2, "fp8": 1}[kv_dtype])
     runs = ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in counts["attention_free_runs"]) or "none"
     widths = ", ".join(f"{w:,}" for w in counts["ffn_widths"])
     text = "\n".join(

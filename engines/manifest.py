@@ -34,6 +34,11 @@ class Manifest:
     def world_size(self) -> int:
         return self.tp_size * self.pp_size
 
+    def counts(self) -> dict[str, Any]:
+        """What the engine computes and holds, for reports: `Architecture.counts` and its dtype."""
+        size = 4 if self.dtype == "float32" else 2
+        return {"dtype": self.dtype, **self.architecture.counts(self.tp_size, size)}
+
     def write(self, directory: Path) -> None:
         """Write config.json."""
         write_json(directory / "config.json", {**asdict(self), "architecture": self.architecture.to_dict()})

@@ -128,6 +128,7 @@ def compare_latency(
     """
     from rich.console import Console
 
+    from engines import manifest
     from triton_repo import compare, report
 
     texts = read_prompts(prompts) if prompts else list(compare.DEFAULT_PROMPTS)
@@ -135,7 +136,7 @@ def compare_latency(
     report.check_output(output)
     with ExitStack() as stack:
         ends = [_endpoint(stack, given, tokenizer) for given in (baseline, candidate)]
-        facts = [engine_facts(Path(given)) for given in (baseline, candidate)]
+        facts = [None if _is_url(x) else manifest.read(Path(x)).counts() for x in (baseline, candidate)]
         status = stack.enter_context(Console(stderr=True).status("warming up"))
         comparison = compare.compare(
             *ends,
@@ -177,6 +178,10 @@ def read_prompts(file: Path) -> list[str]:
     return lines
 
 
+def _is_url(given: str) -> bool:
+    return given.startswith(("http://", "https://"))
+
+
 def _endpoint(stack: ExitStack, given: str, tokenizer: Path | None) -> Endpoint:
     """A running endpoint: the URL given, or a server started for the engine given."""
     import tempfile
@@ -185,25 +190,13 @@ def _endpoint(stack: ExitStack, given: str, tokenizer: Path | None) -> Endpoint:
     from triton_repo.repository import write_repository
     from triton_repo.server import Server
 
-    if given.startswith(("http://", "https://")):
+    if _is_url(given):
         return Endpoint(given.rstrip("/"))
     if tokenizer is None:
         raise click.UsageError("engines need --tokenizer DIR")
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     write_repository(Path(given), tokenizer, scratch / "repository")
     return Endpoint(stack.enter_context(Server(scratch / "repository")).url)
-
-
-def engine_facts(engine: Path) -> dict | None:
-    """What the report says of an engine; None for a URL."""
-    if not (engine / "config.json").is_file():
-        return None
-    from builder.cli import summary
-    from engines import manifest
-
-    built = manifest.read(engine)
-    size = 4 if built.dtype == "float32" else 2
-    return {"engine": engine.name, "dtype": built.dtype, **summary(built.architecture, built.tp_size, size)}
 
 
 @click.command()

@@ -15,6 +15,7 @@ from builder import export, huggingface, trtllm
 from builder.checkpoint import Checkpoint
 from builder.errors import UserError
 from builder.plan import Plan
+from engines import manifest
 
 MARKER = ".ffn-fusion-demo"
 DROPPED = tuple(range(6, 14))  # a contiguous run of 8; its last FFN stays alone
@@ -136,7 +137,6 @@ def _compare(
 ) -> None:
     from builder.training.corpus import prompts
     from triton_repo import report
-    from triton_repo.cli import engine_facts
     from triton_repo.client import Endpoint, generate
     from triton_repo.compare import compare
     from triton_repo.repository import write_repository
@@ -159,8 +159,8 @@ def _compare(
             max_tokens=MAX_TOKENS,
             concurrency=CONCURRENCY,
             rounds=ROUNDS,
-            baseline_facts=engine_facts(engines["baseline"]),
-            candidate_facts=engine_facts(engines["candidate"]),
+            baseline_facts=manifest.read(engines["baseline"]).counts(),
+            candidate_facts=manifest.read(engines["candidate"]).counts(),
             quality=quality,
             progress=status.update,
         )
