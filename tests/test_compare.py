@@ -150,7 +150,7 @@ def test_order_of_rounds_is_abba(endpoint: Endpoint, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(compare, "_run_round", record)
     compare.compare(endpoint, endpoint, prompts=["x"], max_tokens=3, concurrency=(1,), rounds=4)
-    assert order == ["", "", *(["baseline", "candidate", "candidate", "baseline"] * 2)]
+    assert order == [*[""] * 4, *(["baseline", "candidate", "candidate", "baseline"] * 2)]
 
 
 def test_unequal_work_is_said() -> None:

@@ -131,7 +131,7 @@ def compare(
     ends = dict(zip(SIDES, (baseline, candidate), strict=True))
     measured: list[Round] = []
     for level in concurrency:
-        for end in ends.values():  # warm-up, not counted
+        for end in (*ends.values(), *ends.values()):  # warm-up, not counted
             _run_round("", end, prompts, max_tokens, level)
         for number in range(rounds):
             progress(f"concurrency {level}, round {number + 1} of {rounds}")

@@ -21,7 +21,7 @@ MARKER = ".ffn-fusion-demo"
 DROPPED = tuple(range(6, 14))  # a contiguous run of 8; its last FFN stays alone
 TP_SIZE = 2
 MAX_INPUT_LEN, MAX_SEQ_LEN, MAX_BATCH_SIZE = 128, 256, 4
-MAX_TOKENS, CONCURRENCY, ROUNDS = 48, (1, 2, 4), 6
+MAX_TOKENS, CONCURRENCY, ROUNDS = 48, (1, 2, 4), 10
 WINDOWS, WINDOW_LENGTH = 96, 128
 
 
@@ -150,7 +150,7 @@ def _compare(
         texts = prompts(8)
         for name, end in ends.items():
             text = generate(end, texts[0], max_tokens=24)
-            console.print(f"{name}: {texts[0]!r} -> {text!r}", highlight=False, markup=False)
+            console.print(f"{name}: {texts[0]!r} -> {text!r}", highlight=False, markup=False, soft_wrap=True)
         status = stack.enter_context(Console(stderr=True).status("warming up"))
         comparison = compare(
             ends["baseline"],
