@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from builder.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTiming:
-    """Seconds as the client sees them. A chunk is one streamed response, one token of the engine."""
+    """Seconds as the client sees them, from before it connects to the last chunk.
+
+    A chunk is one streamed response, one token of the engine, its text empty where a character is not
+    whole yet.
+    """
 
     ttft_s: float
     inter_token_s: tuple[float, ...]
@@ -31,15 +36,19 @@ class RequestTiming:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind a Triton server's HTTP address."""
+    """A model behind a Triton server's HTTP address. `timeout_s` bounds each wait for the server."""
 
     url: str
     model: str = "ensemble"
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme != "http" or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            valid = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, half an IPv6 address
+            valid = False
+        if not valid:
             raise UserError(f"url: {self.url!r} is no http:// address; give e.g. http://127.0.0.1:8000")
 
 
@@ -50,7 +59,7 @@ def _post(endpoint: Endpoint, verb: str, body: dict[str, Any]) -> Iterator[http.
     connection = http.client.HTTPConnection(
         parts.hostname or "", parts.port or 80, timeout=endpoint.timeout_s
     )
-    path = f"{parts.path.rstrip('/')}/v2/models/{endpoint.model}/{verb}"
+    path = f"{quote(parts.path.rstrip('/'))}/v2/models/{quote(endpoint.model, safe='')}/{verb}"
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -61,6 +70,8 @@ def _post(endpoint: Endpoint, verb: str, body: dict[str, Any]) -> Iterator[http.
         raise UserError(f"{endpoint.url}: no answer within {endpoint.timeout_s:.0f} s") from None
     except ConnectionRefusedError:
         raise UserError(f"{endpoint.url}: connection refused; is the server running?") from None
+    except socket.gaierror:
+        raise UserError(f"{endpoint.url}: no such host; check the address") from None
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{endpoint.url}: the server broke off ({error or type(error).__name__})") from None
     finally:
@@ -80,6 +91,8 @@ def _event(endpoint: Endpoint, data: bytes) -> str:
         value = json.loads(data)
     except ValueError:
         raise UserError(f"{endpoint.url}: the server broke off inside a response") from None
+    if not isinstance(value, dict) or not value.keys() & {"error", "text_output"}:
+        raise UserError(f"{endpoint.url}: model {endpoint.model!r} answers without text_output; name another")
     if "error" in value:
         raise UserError(f"{endpoint.url}: {value['error']}")
     return str(value["text_output"])
@@ -94,7 +107,11 @@ def generate(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: An
 
 
 def stream(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> Iterator[str]:
-    """The continuation as it comes, a piece a token; pieces may be empty."""
+    """The continuation as it comes, a piece a token; pieces may be empty.
+
+    Raises UserError naming the server, also when it breaks off midway. Closing the iterator closes the
+    connection.
+    """
     body = {"text_input": prompt, "max_tokens": max_tokens, "stream": True, **sampling}
     with _post(endpoint, "generate_stream", body) as response:
         for line in response:
@@ -103,7 +120,7 @@ def stream(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any)
 
 
 def measure(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> RequestTiming:
-    """Stream one request and time its chunks."""
+    """Stream one request and time its chunks. Raises UserError naming the server."""
     start = time.perf_counter()
     times, pieces = [], []
     for piece in stream(endpoint, prompt, max_tokens=max_tokens, **sampling):

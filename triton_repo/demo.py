@@ -21,7 +21,7 @@ MARKER = ".ffn-fusion-demo"
 DROPPED = tuple(range(6, 14))  # a contiguous run of 8; its last FFN stays alone
 TP_SIZE = 2
 MAX_INPUT_LEN, MAX_SEQ_LEN, MAX_BATCH_SIZE = 128, 256, 4
-MAX_TOKENS, CONCURRENCY, ROUNDS = 48, (1, 2, 4), 10
+MAX_TOKENS, CONCURRENCY, ROUNDS = 48, (1, 2, 4), 7
 WINDOWS, WINDOW_LENGTH = 96, 128
 
 
