@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from builder.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTiming:
-    """Seconds as the client sees them, from before it connects to the last chunk.
-
-    A chunk is one streamed response, one token of the engine, its text empty where a character is not
-    whole yet.
-    """
+    """Seconds as the client sees them. A chunk is one streamed response, one token of the engine."""
 
     ttft_s: float
     inter_token_s: tuple[float, ...]
@@ -36,19 +31,15 @@ class RequestTiming:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind a Triton server's HTTP address. `timeout_s` bounds each wait for the server."""
+    """A model behind a Triton server's HTTP address."""
 
     url: str
     model: str = "ensemble"
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        try:
-            parts = urlsplit(self.url)
-            valid = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is no number, half an IPv6 address
-            valid = False
-        if not valid:
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or not parts.hostname:
             raise UserError(f"url: {self.url!r} is no http:// address; give e.g. http://127.0.0.1:8000")
 
 
@@ -59,7 +50,7 @@ def _post(endpoint: Endpoint, verb: str, body: dict[str, Any]) -> Iterator[http.
     connection = http.client.HTTPConnection(
         parts.hostname or "", parts.port or 80, timeout=endpoint.timeout_s
     )
-    path = f"{quote(parts.path.rstrip('/'))}/v2/models/{quote(endpoint.model, safe='')}/{verb}"
+    path = f"{parts.path.rstrip('/')}/v2/models/{endpoint.model}/{verb}"
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -70,8 +61,6 @@ def _post(endpoint: Endpoint, verb: str, body: dict[str, Any]) -> Iterator[http.
         raise UserError(f"{endpoint.url}: no answer within {endpoint.timeout_s:.0f} s") from None
     except ConnectionRefusedError:
         raise UserError(f"{endpoint.url}: connection refused; is the server running?") from None
-    except socket.gaierror:
-        raise UserError(f"{endpoint.url}: no such host; check the address") from None
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{endpoint.url}: the server broke off ({error or type(error).__name__})") from None
     finally:
@@ -91,8 +80,6 @@ def _event(endpoint: Endpoint, data: bytes) -> str:
         value = json.loads(data)
     except ValueError:
         raise UserError(f"{endpoint.url}: the server broke off inside a response") from None
-    if not isinstance(value, dict) or not value.keys() & {"error", "text_output"}:
-        raise UserError(f"{endpoint.url}: model {endpoint.model!r} answers without text_output; name another")
     if "error" in value:
         raise UserError(f"{endpoint.url}: {value['error']}")
     return str(value["text_output"])
@@ -107,11 +94,7 @@ def generate(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: An
 
 
 def stream(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> Iterator[str]:
-    """The continuation as it comes, a piece a token; pieces may be empty.
-
-    Raises UserError naming the server, also when it breaks off midway. Closing the iterator closes the
-    connection.
-    """
+    """The continuation as it comes, a piece a token; pieces may be empty."""
     body = {"text_input": prompt, "max_tokens": max_tokens, "stream": True, **sampling}
     with _post(endpoint, "generate_stream", body) as response:
         for line in response:
@@ -120,7 +103,7 @@ def stream(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any)
 
 
 def measure(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> RequestTiming:
-    """Stream one request and time its chunks. Raises UserError naming the server."""
+    """Stream one request and time its chunks."""
     start = time.perf_counter()
     times, pieces = [], []
     for piece in stream(endpoint, prompt, max_tokens=max_tokens, **sampling):

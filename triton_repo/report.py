@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builder.errors import UserError
 from builder.storage import output_directory, write_json
-from triton_repo import plots
-from triton_repo.compare import METRICS, SIDES, Comparison
-from triton_repo.statistics import NAMES, Ratio
+from triton_repo.compare import METRICS, SIDES, Comparison, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+COLOURS = {"baseline": "#8a8f98", "candidate": "#2f80ed"}  # both read on light and on dark
+INK = "#808080"
 SHORT = {
     "ttft_ms": "TTFT, ms",
     "inter_token_ms": "inter-token, ms",
@@ -33,7 +34,7 @@ def check_output(directory: Path) -> None:
     """Refuse an output directory before minutes are spent on measuring."""
     if directory.exists():
         raise UserError(f"{directory}: exists; remove it or choose another output directory")
-    plots.require()
+    _pyplot()
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
@@ -48,22 +49,22 @@ def print_table(comparison: Comparison, console: Console) -> None:
     for row in comparison.rows:
         for side in SIDES:
             values = getattr(row, side)
-            numbers = (_number(getattr(values, name)) for name in NAMES)
+            numbers = (_number(x) for x in (values.p50, values.p90, values.p99, values.mean))
             first = (SHORT[row.metric], str(row.concurrency)) if side == "baseline" else ("", "")
-            table.add_row(*first, side[:4], *numbers, "" if side == "baseline" else interval(row.ratio))
+            table.add_row(*first, side[:4], *numbers, "" if side == "baseline" else interval(row))
     console.print(table)
     for note in comparison.notes:
         console.print(note)
     console.print(headline(comparison), style="bold")
 
 
-def interval(ratio: Ratio) -> str:
+def interval(row: Row) -> str:
     """`0.52 [0.50, 0.55]`."""
-    return f"{ratio.value:.2f} [{_number(ratio.low)}, {_number(ratio.high)}]"
+    return f"{row.ratio.value:.2f} [{row.ratio.low:.2f}, {row.ratio.high:.2f}]"
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}" if value < 1e4 else f"{value:.1e}"
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def headline(comparison: Comparison) -> str:
@@ -72,15 +73,14 @@ def headline(comparison: Comparison) -> str:
     row = comparison.row("inter_token_ms", level)
     clients = "one client" if level == 1 else f"{level} clients"
     if not row.ratio.differs:
-        return (
-            f"No difference shown in inter-token latency at {clients} "
-            f"(candidate / baseline {interval(row.ratio)})."
-        )
-    faster = row.speedup.value > 1
-    factor = row.speedup if faster else row.ratio
+        return f"No difference in inter-token latency at {clients} (ratio {interval(row)})."
+    factor, word = (1 / row.ratio.value, "faster") if row.ratio.value < 1 else (row.ratio.value, "slower")
+    bounds = sorted(
+        (1 / row.ratio.low, 1 / row.ratio.high) if row.ratio.value < 1 else (row.ratio.low, row.ratio.high)
+    )
     return (
-        f"The candidate is {factor.value:.2f} times {'faster' if faster else 'slower'} per token "
-        f"at {clients} (95% interval {factor.low:.2f} to {factor.high:.2f})."
+        f"The candidate is {factor:.2f} times {word} per token at {clients} "
+        f"(95% interval {bounds[0]:.2f} to {bounds[1]:.2f})."
     )
 
 
@@ -97,13 +97,6 @@ def render(comparison: Comparison) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    removed = removed_counts(comparison)
-    drawn = {
-        "distribution": plots.distribution(comparison),
-        "concurrency": plots.concurrency(comparison),
-        "intervals": plots.intervals(comparison),
-        "shares": plots.shares(removed),
-    }
     environment = Environment(
         loader=PackageLoader("triton_repo", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -113,15 +106,95 @@ def render(comparison: Comparison) -> str:
         levels=comparison.settings["concurrency"],
         metrics=METRICS,
         interval=interval,
-        number=_number,
-        removed=removed,
-        figures={name: Markup(svg) for name, svg in drawn.items()},
+        removed=_removed(comparison),
+        distribution=Markup(_distribution(comparison)),
+        concurrency=Markup(_concurrency(comparison)),
+        removed_plot=Markup(_removed_plot(comparison)),
     )
 
 
-def removed_counts(comparison: Comparison) -> list[tuple[str, int, int]]:
-    """What the candidate has less of: name, baseline, candidate. Empty where a side's facts are unknown."""
+def _removed(comparison: Comparison) -> list[tuple[str, int, int]]:
+    """What the candidate has less of: name, baseline, candidate."""
     before, after = comparison.baseline_facts, comparison.candidate_facts
     if before is None or after is None:
         return []
     return [(text, before[key], after[key]) for key, text in REMOVED.items()]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError("matplotlib is missing; pip install 'ffn-fusion[report]'") from None
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    _pyplot().close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _axes(width: float = 6.0, height: float = 3.2) -> tuple[Any, Any]:
+    pyplot = _pyplot()
+    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "report"}
+    colours = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    )
+    pyplot.rcParams.update({**style, **colours})
+    figure, axes = pyplot.subplots(figsize=(width, height))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=INK, alpha=0.2)
+    return figure, axes
+
+
+def _distribution(comparison: Comparison) -> str:
+    """Share of tokens that came within a time, cut at the 99.5th percentile of the slower side."""
+    import numpy as np
+
+    figure, axes = _axes()
+    limit = max(np.percentile(values, 99.5) for values in comparison.inter_token_ms.values())
+    for side in SIDES:
+        values = np.sort(comparison.inter_token_ms[side])
+        axes.step(values, np.arange(1, len(values) + 1) / len(values), color=COLOURS[side], label=side, lw=2)
+    axes.set(xlim=(0, limit), ylim=(0, 1.01), xlabel="inter-token latency, ms", ylabel="share of tokens")
+    axes.legend(frameon=False, loc="lower right")
+    return _svg(figure)
+
+
+def _concurrency(comparison: Comparison) -> str:
+    """Median to 99th percentile of the inter-token latency at every concurrency."""
+    figure, axes = _axes()
+    levels = comparison.settings["concurrency"]
+    for number, side in enumerate(SIDES):
+        rows = [getattr(comparison.row("latency_ms", level), side) for level in levels]
+        places = [i + (number - 0.5) * 0.12 for i in range(len(levels))]
+        medians = [r.p50 for r in rows]
+        reach = [[0] * len(rows), [max(0.0, r.p99 - r.p50) for r in rows]]
+        axes.errorbar(
+            places, medians, yerr=reach, color=COLOURS[side], label=side, marker="o", capsize=4, lw=2
+        )
+    axes.set_xticks(range(len(levels)), [str(level) for level in levels])
+    axes.set(xlabel="clients at once", ylabel="request latency, ms (p50 to p99)", ylim=(0, None))
+    axes.legend(frameon=False, loc="lower right")
+    return _svg(figure)
+
+
+def _removed_plot(comparison: Comparison) -> str:
+    """What is left of each count, as a share of the baseline's."""
+    removed = [(name, before, after) for name, before, after in _removed(comparison) if before]
+    if not removed:
+        return ""
+    figure, axes = _axes(height=0.5 * len(removed) + 0.9)
+    names = [name for name, _, _ in removed][::-1]
+    shares = [100 * after / before for _, before, after in removed][::-1]
+    axes.barh(names, [100] * len(names), color=COLOURS["baseline"], alpha=0.35)
+    bars = axes.barh(names, shares, color=COLOURS["candidate"])
+    axes.bar_label(bars, [f"{share:.0f}%" for share in shares], padding=4)
+    axes.set(xlabel="candidate, % of baseline", xlim=(0, max(115, *shares)))
+    axes.grid(visible=False)
+    return _svg(figure)
