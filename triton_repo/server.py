@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import json
@@ -55,6 +56,7 @@ class Server:
         self.start_timeout_s = start_timeout_s
         self._http_port = http_port
         self._process: subprocess.Popen[bytes] | None = None
+        self._family: dict[int, str] = {}
         self._shm_prefix = f"ffn_fusion_{uuid.uuid4().hex[:12]}_"
 
     def __enter__(self) -> Server:
@@ -72,6 +74,8 @@ class Server:
             backends = _backend_directory(binary, self._scratch)
             self._start(binary, backends, (self.port, grpc, metrics))
             self._load_models()
+            assert self._process is not None, "started"
+            self._family = _descendants(self._process.pid)  # of a killed server they cannot be found later
         except BaseException:
             self._stop()
             raise
@@ -153,32 +157,56 @@ class Server:
 
     def _stop(self) -> None:
         if self._process is not None:
+            self._family |= _descendants(self._process.pid)
             self._process.send_signal(signal.SIGTERM)
             try:
                 self._process.wait(EXIT_TIMEOUT_S + 10)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-            _end_group(self._process.pid)
+            _end_all(self._family)
             self._process = None
         for leftover in SHM.glob(f"{self._shm_prefix}*"):
             leftover.unlink(missing_ok=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def _end_group(group: int, grace_s: float = 5.0) -> None:
-    """Wait for the stubs and ranks that the server leaves, then kill what remains of them."""
-    deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline:
+def _starts() -> dict[int, tuple[int, str]]:
+    """Parent and start time of every process."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
+            fields = file.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:  # ended meanwhile
+            continue
+        if fields[0] != "Z":
+            found[int(file.parent.name)] = (int(fields[1]), fields[19])
+    return found
+
+
+def _descendants(root: int) -> dict[int, str]:
+    """Start times of the processes below `root`: the stubs, and the ranks of the engines they run."""
+    processes, family = _starts(), {root}
+    while True:
+        more = {pid for pid, (parent, _) in processes.items() if parent in family} - family
+        if not more:
+            return {pid: processes[pid][1] for pid in family - {root}}
+        family |= more
+
+
+def _end_all(family: dict[int, str], grace_s: float = 10.0) -> None:
+    """Wait for `family` to end by itself, then kill what remains of it."""
+    deadline = time.monotonic() + grace_s
+    while True:
+        processes = _starts()
+        left = [pid for pid, start in family.items() if processes.get(pid, (0, ""))[1] == start]
+        if not left:
             return
+        if time.monotonic() > deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def _reason(body: bytes) -> str:
