@@ -14,6 +14,7 @@ class Attention:
     """Grouped-query attention; query heads are the model's, KV heads the layer's own."""
 
     num_key_value_heads: int
+    bias: bool = False  # of q, k and v
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,32 @@ class FFN:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """x + attention(norm(x)), then x + ffn(norm(x)); either part may be absent."""
+class Linear:
+    """One [hidden_size, hidden_size] matrix in the place of an attention or an FFN."""
 
-    attention: Attention | None
-    ffn: FFN | None
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """x + attention(norm(x)), then x + ffn(norm(x)); either part may be absent, or a matrix."""
+
+    attention: Attention | Linear | None
+    ffn: FFN | Linear | None
     members: tuple[int, ...]  # layers of the input model that this one holds
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """0 where no K and V are kept."""
+        return self.attention.num_key_value_heads if isinstance(self.attention, Attention) else 0
+
+    @property
+    def intermediate_size(self) -> int:
+        """0 where there is no SwiGLU."""
+        return self.ffn.intermediate_size if isinstance(self.ffn, FFN) else 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether the layer passes its input on."""
+        return self.attention is None and self.ffn is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,36 +65,62 @@ class Rope:
         if self.kind not in ROPE_FIELDS:
             known = ", ".join(ROPE_FIELDS)
             raise UserError(f"rope_type: {self.kind!r} is not supported; supported are {known}")
-        if tuple(name for name, _ in self.scaling) != ROPE_FIELDS[self.kind]:
-            need = ", ".join(ROPE_FIELDS[self.kind]) or "nothing"
-            raise UserError(
-                f"rope_scaling: {dict(self.scaling)} does not fit {self.kind!r}, which needs {need}"
-            )
+        given = dict(self.scaling)
+        for name, required in ROPE_FIELDS[self.kind].items():
+            if required and name not in given:
+                raise UserError(f"rope_scaling.{name}: missing, but rope_type {self.kind!r} needs it")
+        for name, value in given.items():
+            if name not in ROPE_FIELDS[self.kind]:
+                raise UserError(f"rope_scaling.{name}: {value} has no meaning for rope_type {self.kind!r}")
+            if not 0 <= value < 1e12 or (ROPE_FIELDS[self.kind][name] and value == 0):
+                raise UserError(f"rope_scaling.{name}: {value} is not a positive number")
 
     @classmethod
     def from_mapping(cls, theta: float, scaling: Mapping[str, Any] | None) -> Rope:
-        """Read Hugging Face's `rope_scaling` (key `rope_type`, or the older `type`)."""
+        """Read Hugging Face's `rope_scaling` (key `rope_type`, or the older `type`).
+
+        Raises UserError for a kind that is not known, a field that is missing or no number.
+        """
         given = dict(scaling or {})
         kind = str(given.get("rope_type", given.get("type", "default")))
-        names = ROPE_FIELDS.get(kind, ())
-        missing = [name for name in names if name not in given]
-        if missing:
-            raise UserError(f"rope_scaling.{missing[0]}: missing, but rope_type {kind!r} needs it")
-        numbers = tuple((name, float(given[name])) for name in names)
-        return cls(theta=float(theta), kind=kind, scaling=numbers)
+        numbers = []
+        for name in ROPE_FIELDS.get(kind, ()):
+            value = given.get(name)
+            if value is None:
+                continue
+            if type(value) not in (int, float, bool):
+                raise UserError(f"rope_scaling.{name}: {value!r} is not a number")
+            numbers.append((name, float(value)))
+        return cls(theta=float(theta), kind=kind, scaling=tuple(numbers))
 
     def to_mapping(self) -> dict[str, Any] | None:
         """Hugging Face's `rope_scaling` value; None where positions are not scaled."""
         if self.kind == "default":
             return None
-        whole = {n: int(v) if n == "original_max_position_embeddings" else v for n, v in self.scaling}
-        return {"rope_type": self.kind, **whole}
+        kinds = {"original_max_position_embeddings": int, "truncate": bool}
+        return {"rope_type": self.kind, **{name: kinds.get(name, float)(x) for name, x in self.scaling}}
 
 
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+# For each kind its fields and whether they are required.
+ROPE_FIELDS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "linear": {"factor": True},
+    "llama3": {
+        "factor": True,
+        "low_freq_factor": True,
+        "high_freq_factor": True,
+        "original_max_position_embeddings": True,
+    },
+    "yarn": {
+        "factor": True,
+        "original_max_position_embeddings": True,
+        "attention_factor": False,
+        "beta_fast": False,
+        "beta_slow": False,
+        "mscale": False,
+        "mscale_all_dim": False,
+        "truncate": False,
+    },
 }
 
 
@@ -91,6 +138,7 @@ class Architecture:
     tie_word_embeddings: bool
     layers: tuple[Layer, ...] = field(repr=False)
     lm_head_rows: int | None = None  # a rank's share of the vocabulary; None is all of it
+    linear_rows: int | None = None  # a rank's share of every Linear; None is all of it
 
     def __post_init__(self) -> None:
         for name in (
@@ -103,16 +151,14 @@ class Architecture:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not a positive number")
         for index, layer in enumerate(self.layers):
-            kv = layer.attention.num_key_value_heads if layer.attention else 1
-            if kv < 1 or self.num_attention_heads % kv:
+            kv = layer.num_key_value_heads
+            if isinstance(layer.attention, Attention) and (kv < 1 or self.num_attention_heads % kv):
                 raise UserError(
                     f"layer {index}: num_key_value_heads {kv} does not divide "
                     f"num_attention_heads {self.num_attention_heads}"
                 )
-            if layer.ffn and layer.ffn.intermediate_size < 1:
-                raise UserError(
-                    f"layer {index}: intermediate_size {layer.ffn.intermediate_size} is not positive"
-                )
+            if isinstance(layer.ffn, FFN) and layer.intermediate_size < 1:
+                raise UserError(f"layer {index}: intermediate_size {layer.intermediate_size} is not positive")
 
     @property
     def q_size(self) -> int:
@@ -125,36 +171,54 @@ class Architecture:
         return self.vocab_size if self.lm_head_rows is None else self.lm_head_rows
 
     @property
+    def linear_size(self) -> int:
+        """Rows of a Linear."""
+        return self.hidden_size if self.linear_rows is None else self.linear_rows
+
+    @property
+    def has_linear(self) -> bool:
+        """Whether a matrix stands in the place of some attention or FFN."""
+        return any(isinstance(part, Linear) for x in self.layers for part in (x.attention, x.ffn))
+
+    @property
     def num_attention_layers(self) -> int:
-        return sum(layer.attention is not None for layer in self.layers)
+        """Layers that keep K and V."""
+        return sum(isinstance(layer.attention, Attention) for layer in self.layers)
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers are alike and whole, as LlamaForCausalLM needs them."""
+        """Whether all layers are alike and whole, as LlamaForCausalLM and Qwen2ForCausalLM need them."""
         first = self.layers[0]
-        whole = first.attention is not None and first.ffn is not None
+        whole = isinstance(first.attention, Attention) and isinstance(first.ffn, FFN)
         return whole and all((x.attention, x.ffn) == (first.attention, first.ffn) for x in self.layers)
 
+    @property
+    def attention_bias(self) -> bool:
+        """Whether some layer's q, k and v have biases."""
+        return any(isinstance(x.attention, Attention) and x.attention.bias for x in self.layers)
+
     def attention_free_runs(self) -> Iterator[tuple[int, int]]:
-        """Maximal runs (first, last) of layers that have an FFN and no attention."""
-        first = None
+        """Maximal runs (first, last) of FFNs with no attention between them; empty layers do not end one."""
+        run: list[int] = []
         for index, layer in enumerate((*self.layers, None)):
-            free = layer is not None and layer.attention is None and layer.ffn is not None
-            if free and first is None:
-                first = index
-            elif not free and first is not None:
-                yield first, index - 1
-                first = None
+            if layer is not None and layer.empty:
+                continue
+            if layer is not None and layer.attention is None and isinstance(layer.ffn, FFN):
+                run.append(index)
+            elif run:
+                yield run[0], run[-1]
+                run = []
 
     def layer_parameters(self, layer: Layer) -> int:
-        """Weights of one layer, its norms among them."""
-        count = 0
-        if layer.attention:
-            kv_size = layer.attention.num_key_value_heads * self.head_dim
-            count += self.hidden_size * (2 * self.q_size + 2 * kv_size) + self.hidden_size
-        if layer.ffn:
-            count += 3 * self.hidden_size * layer.ffn.intermediate_size + self.hidden_size
-        return count
+        """Weights of one layer, its norms and biases among them."""
+        hidden, matrix = self.hidden_size, self.hidden_size * self.linear_size
+        count = hidden * ((layer.attention is not None) + (layer.ffn is not None))
+        if isinstance(layer.attention, Attention):
+            kv_size = layer.num_key_value_heads * self.head_dim
+            count += hidden * (2 * self.q_size + 2 * kv_size)
+            count += layer.attention.bias * (self.q_size + 2 * kv_size)
+        count += matrix * (isinstance(layer.attention, Linear) + isinstance(layer.ffn, Linear))
+        return count + 3 * hidden * layer.intermediate_size
 
     @property
     def num_parameters(self) -> int:
@@ -165,15 +229,20 @@ class Architecture:
 
     def flops_per_token(self) -> int:
         """Multiply-adds x 2 of the linear layers for one token; attention over the cache not counted."""
-        norms = self.hidden_size * (
+        vectors = self.hidden_size * (
             1 + sum((x.attention is not None) + (x.ffn is not None) for x in self.layers)
         )
+        vectors += sum(
+            self.q_size + 2 * x.num_key_value_heads * self.head_dim
+            for x in self.layers
+            if isinstance(x.attention, Attention) and x.attention.bias
+        )
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        return 2 * (self.num_parameters - norms - embedding)
+        return 2 * (self.num_parameters - vectors - embedding)
 
     def kv_cache_bytes_per_token(self, bytes_per_element: int) -> int:
         """Bytes of K and V of one token over all layers and ranks."""
-        heads = sum(x.attention.num_key_value_heads for x in self.layers if x.attention)
+        heads = sum(layer.num_key_value_heads for layer in self.layers)
         return 2 * heads * self.head_dim * bytes_per_element
 
     def all_reduces_per_token(self, tp_size: int) -> int:
@@ -187,7 +256,7 @@ class Architecture:
         return {
             "layers": len(self.layers),
             "attention_layers": self.num_attention_layers,
-            "ffn_widths": sorted({x.ffn.intermediate_size for x in self.layers if x.ffn}),
+            "ffn_widths": sorted({x.intermediate_size for x in self.layers if x.intermediate_size}),
             "attention_free_runs": [list(run) for run in self.attention_free_runs()],
             "parameters": self.num_parameters,
             "flops_per_token": self.flops_per_token(),
@@ -200,15 +269,18 @@ class Architecture:
         """The share of one tensor-parallel rank: heads, KV heads, widths and vocabulary divided.
 
         KV heads are repeated where there are fewer than ranks. The embedding stays whole; lm_head's
-        rows are divided, rounded up.
+        rows are divided, rounded up. Raises UserError where tp_size does not fit.
         """
         if tp_size < 1 or self.num_attention_heads % tp_size:
             raise UserError(
                 f"tp_size: {tp_size} does not divide num_attention_heads {self.num_attention_heads}; "
                 f"choose one of {_divisors(self.num_attention_heads)}"
             )
+        if self.has_linear and self.hidden_size % tp_size:
+            raise UserError(f"tp_size: {tp_size} does not divide hidden_size {self.hidden_size}")
         return replace(
             self,
+            linear_rows=self.hidden_size // tp_size if self.has_linear else None,
             num_attention_heads=self.num_attention_heads // tp_size,
             tie_word_embeddings=self.tie_word_embeddings and tp_size == 1,
             lm_head_rows=-(-self.vocab_size // tp_size),
@@ -229,8 +301,8 @@ class Architecture:
         rope = values["rope"]
         layers = tuple(
             Layer(
-                attention=Attention(**x["attention"]) if x["attention"] else None,
-                ffn=FFN(**x["ffn"]) if x["ffn"] else None,
+                attention=_part(Attention, x["attention"]),
+                ffn=_part(FFN, x["ffn"]),
                 members=tuple(x["members"]),
             )
             for x in values["layers"]
@@ -239,16 +311,23 @@ class Architecture:
         return cls(**{**values, "rope": Rope(**{**rope, "scaling": scaling}), "layers": layers})
 
 
+def _part(kind: Any, values: Mapping[str, Any] | None) -> Any:
+    """An attention or FFN from `to_dict`'s values: nothing is none, no fields are a Linear's."""
+    if values is None:
+        return None
+    return kind(**values) if values else Linear()
+
+
 def _shard_layer(index: int, layer: Layer, tp_size: int) -> Layer:
     attention, ffn = layer.attention, layer.ffn
-    if attention:
+    if isinstance(attention, Attention):
         kv = attention.num_key_value_heads
         if max(kv, tp_size) % min(kv, tp_size):
             raise UserError(
                 f"tp_size: {tp_size} and layer {index}'s num_key_value_heads {kv} do not divide each other"
             )
-        attention = Attention(num_key_value_heads=max(1, kv // tp_size))
-    if ffn:
+        attention = replace(attention, num_key_value_heads=max(1, kv // tp_size))
+    if isinstance(ffn, FFN):
         if ffn.intermediate_size % tp_size:
             raise UserError(
                 f"tp_size: {tp_size} does not divide layer {index}'s intermediate_size "

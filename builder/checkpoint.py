@@ -3,24 +3,25 @@
 embedding.weight                      [vocab_size, hidden_size]
 layers.N.attention_norm.weight        [hidden_size]
 layers.N.attention.{q,k,v}.weight     [heads * head_dim, hidden_size]
+layers.N.attention.{q,k,v}.bias       [heads * head_dim], where the model has them
 layers.N.attention.o.weight           [hidden_size, heads * head_dim]
 layers.N.ffn_norm.weight              [hidden_size]
 layers.N.ffn.{gate,up}.weight         [intermediate_size, hidden_size]
 layers.N.ffn.down.weight              [hidden_size, intermediate_size]
+layers.N.{attention,ffn}.linear.weight  [hidden_size, hidden_size], a matrix in the place of either
 norm.weight                           [hidden_size]
 lm_head.weight                        [vocab_size, hidden_size], absent when tied
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from builder.architecture import Architecture
+from builder.architecture import Architecture, Attention, Layer, Linear
+from builder.arithmetic import cast
 from builder.errors import UserError
-from builder.storage import Progress, write_safetensors
-from builder.tensors import Expression, cast, concat
+from builder.tensors import FP8, Expression, concat
 
 Tensors = Mapping[str, Expression]
 
@@ -30,15 +31,22 @@ def layer_shapes(architecture: Architecture, index: int) -> dict[str, tuple[int,
     layer, hidden = architecture.layers[index], architecture.hidden_size
     shapes: dict[str, tuple[int, ...]] = {}
     if layer.attention:
-        q_size, kv_size = architecture.q_size, layer.attention.num_key_value_heads * architecture.head_dim
         shapes["attention_norm.weight"] = (hidden,)
-        shapes["attention.q.weight"] = (q_size, hidden)
-        shapes["attention.k.weight"] = (kv_size, hidden)
-        shapes["attention.v.weight"] = (kv_size, hidden)
+    if isinstance(layer.attention, Linear):
+        shapes["attention.linear.weight"] = (architecture.linear_size, hidden)
+    elif layer.attention:
+        q_size, kv_size = architecture.q_size, layer.num_key_value_heads * architecture.head_dim
+        for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+            shapes[f"attention.{name}.weight"] = (rows, hidden)
+            if layer.attention.bias:
+                shapes[f"attention.{name}.bias"] = (rows,)
         shapes["attention.o.weight"] = (hidden, q_size)
     if layer.ffn:
-        width = layer.ffn.intermediate_size
         shapes["ffn_norm.weight"] = (hidden,)
+    if isinstance(layer.ffn, Linear):
+        shapes["ffn.linear.weight"] = (architecture.linear_size, hidden)
+    elif layer.ffn:
+        width = layer.intermediate_size
         shapes["ffn.gate.weight"] = (width, hidden)
         shapes["ffn.up.weight"] = (width, hidden)
         shapes["ffn.down.weight"] = (hidden, width)
@@ -59,7 +67,7 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """`dtype` is the one dtype of all tensors; the origin's `digest` names the model it came from."""
+    """`dtype` is that of all tensors but quantised ones; `digest` names the model it came from."""
 
     architecture: Architecture
     tensors: Tensors
@@ -78,7 +86,7 @@ class Checkpoint:
                 raise UserError(
                     f"tensor {name}: shape {list(x.shape)}, but config.json says {list(expected[name])}"
                 )
-            assert x.dtype == self.dtype, f"{name} is {x.dtype}"
+            assert x.dtype in (self.dtype, FP8), f"{name} is {x.dtype}"
 
     def layer(self, index: int) -> dict[str, Expression]:
         """One layer's tensors by their names inside the layer."""
@@ -97,15 +105,13 @@ class Checkpoint:
         """The tensors as `builder.decoder.Decoder` names them: q, k and v joined, lm_head always there."""
         joined = dict(self.tensors)
         for index, layer in enumerate(self.architecture.layers):
-            if layer.attention:
+            if isinstance(layer.attention, Attention):
                 prefix = f"layers.{index}.attention."
-                joined[f"{prefix}qkv.weight"] = concat([joined.pop(f"{prefix}{n}.weight") for n in "qkv"], 0)
+                for kind in ("weight", "bias")[: 1 + layer.attention.bias]:
+                    parts = [joined.pop(f"{prefix}{n}.{kind}") for n in "qkv"]
+                    joined[f"{prefix}qkv.{kind}"] = concat(parts, 0)
         joined.setdefault("lm_head.weight", joined["embedding.weight"])
         return joined
-
-    def write_safetensors(self, file: Path, progress: Progress | None = None) -> None:
-        """Stream `decoder_tensors()` into one file."""
-        write_safetensors(file, self.decoder_tensors(), progress)
 
 
 def assemble(
@@ -121,3 +127,30 @@ def assemble(
     return Checkpoint(
         architecture=architecture, tensors=tensors, dtype=checkpoint.dtype, digest=checkpoint.digest
     )
+
+
+Change = Callable[[Layer, dict[str, Expression]], tuple[Layer, dict[str, Expression]]]
+
+
+def rewrite(checkpoint: Checkpoint, changes: Mapping[int, Change], key: str) -> Checkpoint:
+    """The checkpoint with some layers changed, each by its own function of (layer, its tensors).
+
+    Raises UserError for a layer the model does not have, and puts `key` and the layer before what a
+    change raises.
+    """
+    architecture = checkpoint.architecture
+    for index in changes:
+        if not 0 <= index < len(architecture.layers):
+            last = len(architecture.layers) - 1
+            raise UserError(f"{key}: layer {index} does not exist; the model has 0-{last}")
+    layers, tensors = [], []
+    for index, layer in enumerate(architecture.layers):
+        part = checkpoint.layer(index)
+        if index in changes:
+            try:
+                layer, part = changes[index](layer, part)
+            except UserError as error:
+                raise UserError(f"{key}: layer {index} {error}") from None
+        layers.append(layer)
+        tensors.append(part)
+    return assemble(checkpoint, replace(architecture, layers=tuple(layers)), tensors)

@@ -14,7 +14,9 @@ import click
 from builder.errors import UserError
 
 if TYPE_CHECKING:
+    from builder.checkpoint import Checkpoint
     from builder.plan import Plan
+    from builder.quantization import Quantized
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 DIRECTORY = click.Path(path_type=Path)
@@ -26,8 +28,11 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 @contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes on stderr; call it with the bytes just done."""
+def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar over bytes on stderr, where that is a terminal; call it with the bytes just done."""
+    if not sys.stderr.isatty():
+        yield None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -42,6 +47,13 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option("--plan", "plan_file", type=DIRECTORY, help="A plan.yaml with all of the below."),
         click.option("--drop-attention", metavar="LAYERS", help="Layers that lose attention: 6,7,42-51."),
+        click.option("--drop-ffn", metavar="LAYERS", help="Layers that lose their FFN."),
+        click.option(
+            "--kv-heads",
+            multiple=True,
+            metavar="LAYERS=N",
+            help="Pool these layers' KV heads to N: 12-15=2; repeatable.",
+        ),
         click.option(
             "--group",
             "groups",
@@ -49,7 +61,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="FIRST-LAST",
             help="Fuse this run into one layer; repeatable. Default: each run but its last layer.",
         ),
-        click.option("--no-fuse", is_flag=True, help="Drop attention only."),
+        click.option("--no-fuse", is_flag=True, help="Fuse nothing."),
         click.option(
             "--norm",
             type=click.Choice(["fold", "last"]),
@@ -64,6 +76,8 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
 def make_plan(
     plan_file: Path | None,
     drop_attention: str | None,
+    drop_ffn: str | None,
+    kv_heads: tuple[str, ...],
     groups: tuple[str, ...],
     no_fuse: bool,
     norm: str | None,
@@ -72,9 +86,10 @@ def make_plan(
     from builder import plan
 
     if plan_file is not None:
-        if drop_attention or groups or no_fuse or norm:
+        if drop_attention or drop_ffn or kv_heads or groups or no_fuse or norm:
             raise click.UsageError(
-                "--plan says it all; leave out --drop-attention, --group, --no-fuse, --norm"
+                "--plan says it all; leave out --drop-attention, --drop-ffn, --kv-heads, --group, "
+                "--no-fuse, --norm"
             )
         return plan.read(plan_file)
     if no_fuse and groups:
@@ -82,9 +97,16 @@ def make_plan(
     fuse = tuple(plan.parse_group(g) for g in groups) if groups else None
     return plan.Plan(
         drop_attention=plan.parse_layers(drop_attention) if drop_attention else (),
+        drop_ffn=plan.parse_layers(drop_ffn) if drop_ffn else (),
+        kv_heads=tuple(pair for text in kv_heads for pair in plan.parse_kv_heads(text)),
         fuse=() if no_fuse else fuse,
         norm=plan.parse_norm(norm or "fold"),
     )
+
+
+THREADS = click.option(
+    "--threads", type=click.IntRange(1), help="Threads that read and write; default: the cores, 16 at most."
+)
 
 
 @click.command()
@@ -132,8 +154,9 @@ def inspect(model: Path, tp_size: int, kv_dtype: str, as_json: bool) -> None:
 @click.argument("model", type=DIRECTORY)
 @plan_options
 @click.option("-o", "--output", type=DIRECTORY, required=True, help="The fused Hugging Face directory.")
+@THREADS
 @JSON
-def fuse(model: Path, output: Path, as_json: bool, **plan: Any) -> None:
+def fuse(model: Path, output: Path, threads: int | None, as_json: bool, **options: Any) -> None:
     """Drop attention from MODEL, fuse the FFN runs that remain, write a nemotron-nas directory.
 
     Layer numbers are MODEL's. The last layer of a run is left out unless --group names it.
@@ -143,64 +166,186 @@ def fuse(model: Path, output: Path, as_json: bool, **plan: Any) -> None:
         ffn-fusion fuse Llama-3.1-70B --drop-attention 42-51 -o fused
         ffn-fusion fuse Llama-3.1-70B --drop-attention 42-51,53-70 --group 42-50 --group 53-69 -o fused
     """
-    from builder import export, huggingface
+    from builder import export, huggingface, manifest
+    from builder.team import Team
 
-    parent = huggingface.read(model)
-    child = make_plan(**plan).apply(parent)
+    team = Team.join()
+    plan = make_plan(**options)
+    parent = team.together(lambda: huggingface.read(model))
+    child = team.together(lambda: plan.apply(parent))
     if child.architecture == parent.architecture:
         raise UserError("fuse: nothing to drop and no run to fuse; name layers with --drop-attention")
-    total = sum(x.num_bytes for x in child.tensors.values())
+    mapping = manifest.layer_mapping(child.architecture, len(parent.architecture.layers))
+    facts = {"plan": plan.to_dict(), "layers": mapping}
+    total = sum(x.num_bytes for x in child.tensors.values()) // team.size
     with progress_bar("fusing", total) as progress:
-        written = export.write(child, model, output, progress)
-    mapping = [list(layer.members) for layer in written.layers]
-    text = f"{output}: {len(parent.architecture.layers)} layers became {len(mapping)}"
-    emit({"output": str(output), "layers": mapping, "parameters": written.num_parameters}, as_json, text)
+        written = export.write(
+            child, model, output, facts=facts, team=team, threads=threads, progress=progress
+        )
+    if team.rank == 0:
+        members = [list(layer.members) for layer in written.layers]
+        text = f"{output}: {len(parent.architecture.layers)} layers became {len(members)}"
+        result = {"output": str(output), "layers": members, "parameters": written.num_parameters}
+        emit(result, as_json, text)
+
+
+def target_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what checkpoint is wanted."""
+    options = (
+        click.option("--tp", "tp_size", type=click.IntRange(1), default=1, help="Tensor-parallel ranks."),
+        click.option("--pp", "pp_size", type=click.IntRange(1), default=1, help="Pipeline stages."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="Weights of the checkpoint; auto is the model's.",
+        ),
+        click.option(
+            "--no-fused-mlp",
+            is_flag=True,
+            help="The engine will be built with use_fused_mlp disabled: FFNs may be twice as wide.",
+        ),
+        click.option(
+            "--quant",
+            type=click.Choice(["fp8"]),
+            help="e4m3 weights and scales; needs --calib. DeciLM has no INT8 or INT4 in TensorRT-LLM.",
+        ),
+        click.option("--kv-cache", type=click.Choice(["fp8"]), help="Scales for an FP8 KV cache."),
+        click.option(
+            "--calib", type=DIRECTORY, multiple=True, help="Text file for activation scales; repeatable."
+        ),
+        click.option("--calib-samples", type=click.IntRange(1), default=128, show_default=True),
+        click.option("--calib-length", type=click.IntRange(2), default=512, show_default=True),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.command()
 @click.argument("model", type=DIRECTORY)
 @plan_options
-@click.option(
-    "--tp", "tp_size", type=click.IntRange(1), default=1, show_default=True, help="Tensor-parallel ranks."
-)
-@click.option(
-    "--pp", "pp_size", type=click.IntRange(1), default=1, show_default=True, help="Pipeline stages."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Weights of the checkpoint; auto is the model's.",
-)
-@click.option("-o", "--output", type=DIRECTORY, required=True, help="The TensorRT-LLM checkpoint directory.")
+@target_options
+@click.option("-o", "--output", type=DIRECTORY, help="The TensorRT-LLM checkpoint directory.")
+@click.option("--dry-run", is_flag=True, help="Print what it would write and cost; a config.json is enough.")
+@THREADS
 @JSON
 def convert(
-    model: Path, tp_size: int, pp_size: int, dtype: str, output: Path, as_json: bool, **plan: Any
+    model: Path, output: Path | None, dry_run: bool, threads: int | None, as_json: bool, **options: Any
 ) -> None:
     """Write MODEL as a sharded TensorRT-LLM checkpoint, in one pass, fusing on the way if asked.
 
-    Without --plan, --drop-attention or --group the layers stay as they are.
+    Without a plan or its options the layers stay as they are. Under mpirun the rank files are dealt
+    over the processes.
 
     \b
     Examples:
         ffn-fusion convert fused --tp 8 -o checkpoint
         ffn-fusion convert Llama-3.1-70B --drop-attention 42-51 --tp 8 -o checkpoint
+        ffn-fusion convert fused --tp 8 --quant fp8 --kv-cache fp8 --calib text.txt -o checkpoint
+        ffn-fusion convert config.json --drop-attention 42-51 --tp 8 --dry-run
+        mpirun -n 4 ffn-fusion convert fused --tp 8 -o checkpoint
     """
-    from builder import huggingface, trtllm
+    from builder import huggingface, manifest, trtllm
+    from builder.team import Team
 
-    parent = huggingface.read(model)
-    asked = any(plan[name] for name in ("plan_file", "drop_attention", "groups"))
-    child = make_plan(**plan).apply(parent) if asked else parent
-    target = None if dtype == "auto" else dtype
-    total = sum(x.num_bytes for x in child.tensors.values())
+    _check_convert_options(output, dry_run, options)
+    plan = _asked_plan(options)
+    mapping = {name: options[name] for name in ("tp_size", "pp_size")}
+    dtype = None if options["dtype"] == "auto" else options["dtype"]
+    target = {**mapping, "dtype": dtype, "fused_mlp": not options["no_fused_mlp"]}
+    team = Team.join()
+    whole = huggingface.declared if dry_run and not model.is_dir() else huggingface.read
+    parent = team.together(lambda: whole(model))
+    child = team.together(lambda: plan.apply(parent)) if plan else parent
+    if dry_run:
+        fp8: dict[str, Any] = {"fp8": bool(options["quant"]), "fp8_kv_cache": bool(options["kv_cache"])}
+        shown = trtllm.preview(child, parent, **target, **fp8)
+        emit(shown.to_dict(), as_json, shown.describe())
+        return
+    assert output is not None, "checked above"
+    quantized = team.first(lambda: _quantized(model, child, target, options) if options["quant"] else None)
+    layers = manifest.layer_mapping(child.architecture, len(parent.architecture.layers))
+    total = sum(x.num_bytes for x in child.tensors.values()) // team.size
     with progress_bar("converting", total) as progress:
         written = trtllm.convert(
-            child, output, tp_size=tp_size, pp_size=pp_size, dtype=target, progress=progress
+            child,
+            output,
+            **target,
+            quantized=quantized,
+            facts={"plan": plan.to_dict() if plan else None, "layers": layers},
+            team=team,
+            threads=threads,
+            progress=progress,
         )
-    text = f"{output}: {len(written.layers)} layers for TP {tp_size}, PP {pp_size}"
-    result = {"output": str(output), "layers": len(written.layers), "tp_size": tp_size, "pp_size": pp_size}
-    emit(result, as_json, text)
+    if team.rank == 0:
+        text = f"{output}: {len(written.layers)} layers for TP {mapping['tp_size']}, PP {mapping['pp_size']}"
+        emit({"output": str(output), "layers": len(written.layers), **mapping}, as_json, text)
 
 
-COMMANDS = (inspect, fuse, convert)
+def _check_convert_options(output: Path | None, dry_run: bool, options: dict[str, Any]) -> None:
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output', or --dry-run to write nothing.")
+    if options["kv_cache"] and not options["quant"]:
+        raise click.UsageError("--kv-cache fp8 needs --quant fp8")
+    if options["calib"] and not options["quant"]:
+        raise click.UsageError("--calib is for --quant fp8")
+    if options["quant"] and not options["calib"] and not dry_run:
+        raise click.UsageError("--quant fp8 needs --calib FILE: text to measure activations on")
+
+
+def _asked_plan(options: dict[str, Any]) -> Plan | None:
+    """The plan of the options, None where none of them asks for a change."""
+    names = ("plan_file", "drop_attention", "drop_ffn", "kv_heads", "groups", "no_fuse", "norm")
+    given = {name: options[name] for name in names}
+    changes = ("plan_file", "drop_attention", "drop_ffn", "kv_heads", "groups")
+    return make_plan(**given) if any(given[name] for name in changes) else None
+
+
+def _quantized(model: Path, child: Checkpoint, target: dict[str, Any], options: dict[str, Any]) -> Quantized:
+    """FP8 scales: activations from a calibration run, weights from a pass over them."""
+    from builder import quantization, trtllm
+
+    prepared = trtllm.prepare(child, **target)
+    quantization.check(prepared)
+    from builder import calibration  # imports torch
+
+    samples, length = options["calib_samples"], options["calib_length"]
+    windows = calibration.read_windows(model, list(options["calib"]), samples, length)
+    with progress_bar("calibrating", len(prepared.architecture.layers)) as progress:
+        activations = calibration.calibrate(prepared, windows, progress=progress)
+    with progress_bar("measuring", sum(x.num_bytes for x in prepared.tensors.values())) as progress:
+        kv_cache = bool(options["kv_cache"])
+        return quantization.quantize(prepared, activations, kv_cache=kv_cache, progress=progress)
+
+
+@click.command()
+@click.argument("directory", type=DIRECTORY)
+@THREADS
+@JSON
+def verify(directory: Path, threads: int | None, as_json: bool) -> None:
+    """Re-read every file of DIRECTORY, written by fuse or convert, or any supported model directory.
+
+    Checks that headers, shapes and dtypes are those of config.json, that all numbers are finite, and,
+    where ffn-fusion.json holds digests, that nothing has changed since it was written.
+
+    \b
+    Example:
+        ffn-fusion verify checkpoint
+    """
+    from dataclasses import asdict
+
+    from builder import verification
+
+    with progress_bar("verifying", verification.weight_bytes(directory)) as progress:
+        report = verification.verify(directory, threads=threads, progress=progress)
+    against = "digests match" if report.digests else "no digests to compare with (ffn-fusion.json is missing)"
+    text = f"{directory}: {report.files} files, {report.tensors} tensors, {report.bytes:,} bytes; "
+    emit(asdict(report), as_json, "\n".join(report.problems) or text + against)
+    if report.problems:
+        count = len(report.problems)
+        raise UserError(f"{directory}: {count} problem{'s' * (count > 1)}; write or copy it again")
+
+
+COMMANDS = (inspect, fuse, convert, verify)

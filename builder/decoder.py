@@ -10,20 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from builder.architecture import FFN, Architecture, Attention, Rope
+from builder.architecture import FFN, Architecture, Attention, Linear, Rope
 
 if TYPE_CHECKING:
     from builder.checkpoint import Checkpoint
     from builder.tensors import Expression
 
 KVCache = list[Tensor]
+Collective = Callable[[Tensor], Tensor]
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
     """Angle per position of each pair of dimensions, [head_dim / 2] in float32.
 
-    `llama3` divides long wavelengths by `factor`, keeps short ones and blends between
-    (Llama 3.1; transformers' modeling_rope_utils describes the same rule).
+    `llama3` divides long wavelengths by `factor`, keeps short ones and blends between (Llama 3.1).
+    `yarn` blends by the number of turns within the original length (arXiv 2309.00071, 3.2).
+    transformers' modeling_rope_utils describes the same rules.
     """
     inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     scaling = dict(rope.scaling)
@@ -35,7 +37,43 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
         turns = scaling["original_max_position_embeddings"] / wavelength
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - keep) * inverse / scaling["factor"] + keep * inverse
+    if rope.kind == "yarn":
+        keep = 1 - _yarn_ramp(rope.theta, scaling, head_dim)
+        return (1 - keep) * inverse / scaling["factor"] + keep * inverse
     return inverse
+
+
+def _yarn_ramp(theta: float, scaling: dict[str, float], head_dim: int) -> Tensor:
+    """0 for pairs that turn at least beta_fast times within the original length, 1 for at most beta_slow."""
+
+    def pair(turns: float) -> float:
+        length = scaling["original_max_position_embeddings"]
+        return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(scaling.get("beta_fast") or 32), pair(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    return ((torch.arange(head_dim // 2).float() - low) / (high - low)).clamp(0, 1)
+
+
+def rope_magnitude(rope: Rope) -> float:
+    """What cos and sin are multiplied by: 1 but for yarn (arXiv 2309.00071, 3.4)."""
+    if rope.kind != "yarn":
+        return 1.0
+    scaling = dict(rope.scaling)
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return given
+
+    def mscale(weight: float) -> float:
+        factor = scaling["factor"]
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return mscale(above) / mscale(below) if above and below else mscale(1.0)
 
 
 class RMSNorm(nn.Module):
@@ -67,7 +105,7 @@ class SelfAttention(nn.Module):
         self.num_key_value_heads = attention.num_key_value_heads
         self.head_dim = architecture.head_dim
         rows = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
-        self.qkv = nn.Linear(architecture.hidden_size, rows, bias=False)
+        self.qkv = nn.Linear(architecture.hidden_size, rows, bias=attention.bias)
         self.o = nn.Linear(self.num_heads * self.head_dim, architecture.hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
@@ -107,11 +145,23 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class Matrix(nn.Module):
+    """One matrix in the place of an attention or FFN; each rank has some rows of it."""
+
+    def __init__(self, architecture: Architecture, gather: Collective) -> None:
+        super().__init__()
+        self.linear = nn.Linear(architecture.hidden_size, architecture.linear_size, bias=False)
+        self.gather = gather
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gather(self.linear(x))
+
+
 class Block(nn.Module):
     """One layer; either half may be absent."""
 
     def __init__(
-        self, architecture: Architecture, index: int, all_reduce: Callable[[Tensor], Tensor]
+        self, architecture: Architecture, index: int, all_reduce: Collective, all_gather: Collective
     ) -> None:
         super().__init__()
         layer, hidden, eps = architecture.layers[index], architecture.hidden_size, architecture.norm_eps
@@ -119,16 +169,28 @@ class Block(nn.Module):
         self.attention = self.ffn = None
         if layer.attention:
             self.attention_norm = RMSNorm(hidden, eps)
-            self.attention = SelfAttention(architecture, layer.attention)
+            self.attention = (
+                Matrix(architecture, all_gather)
+                if isinstance(layer.attention, Linear)
+                else SelfAttention(architecture, layer.attention)
+            )
         if layer.ffn:
             self.ffn_norm = RMSNorm(hidden, eps)
-            self.ffn = FeedForward(hidden, layer.ffn)
+            self.ffn = (
+                Matrix(architecture, all_gather)
+                if isinstance(layer.ffn, Linear)
+                else FeedForward(hidden, layer.ffn)
+            )
 
     def forward(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
-        if self.attention is not None:
+        if isinstance(self.attention, SelfAttention):
             x = x + self.all_reduce(self.attention(self.attention_norm(x), context, cache))
-        if self.ffn is not None:
+        elif self.attention is not None:
+            x = x + self.attention(self.attention_norm(x))
+        if isinstance(self.ffn, FeedForward):
             x = x + self.all_reduce(self.ffn(self.ffn_norm(x)))
+        elif self.ffn is not None:
+            x = x + self.ffn(self.ffn_norm(x))
         return x
 
 
@@ -142,9 +204,13 @@ class Context:
         slots: Tensor | None,
         span: Tensor | None,
         dtype: torch.dtype,
+        magnitude: float = 1.0,
     ):
         angles = positions[:, :, None, None].to(frequencies.dtype) * frequencies  # [B, T, 1, head_dim/2]
-        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if magnitude != 1.0:
+            cos, sin = cos * magnitude, sin * magnitude
+        self.cos, self.sin = cos.to(dtype), sin.to(dtype)
         self.positions, self.slots, self.span = positions, slots, span
         keys = positions[:, None, :] if span is None else span[None, None, :]
         self.mask = keys <= positions[:, :, None]  # [B, T, L]
@@ -160,27 +226,34 @@ class Context:
         return keys[:, :length][self.slots], values[:, :length][self.slots]
 
 
-def _no_reduce(x: Tensor) -> Tensor:
+def alone(x: Tensor) -> Tensor:
+    """The collective of a single rank."""
     return x
 
 
 class Decoder(nn.Module):
-    """The decoder of an Architecture; give one rank's share and an all-reduce for tensor parallelism."""
+    """The decoder of an Architecture; for tensor parallelism give one rank's share and the collectives.
+
+    `all_reduce` sums over the ranks; `all_gather` puts their last dimensions side by side, and is
+    needed where a layer has a Linear.
+    """
 
     rope_frequencies: Tensor
 
     def __init__(
-        self, architecture: Architecture, *, all_reduce: Callable[[Tensor], Tensor] | None = None
+        self, architecture: Architecture, *, all_reduce: Collective = alone, all_gather: Collective = alone
     ) -> None:
         super().__init__()
         self.architecture = architecture
-        reduce = all_reduce or _no_reduce
         self.embedding = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        self.layers = nn.ModuleList(Block(architecture, i, reduce) for i in range(len(architecture.layers)))
+        self.layers = nn.ModuleList(
+            Block(architecture, i, all_reduce, all_gather) for i in range(len(architecture.layers))
+        )
         self.norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.lm_head_size, bias=False)
         frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
+        self.rope_magnitude = rope_magnitude(architecture.rope)
 
     def forward(
         self,
@@ -198,11 +271,11 @@ class Decoder(nn.Module):
         [B, lm_head_size] of the last token with `last_only`.
         """
         x = self.embedding(tokens)
-        context = Context(positions, self.rope_frequencies, slots, span, x.dtype)
+        context = Context(positions, self.rope_frequencies, slots, span, x.dtype, self.rope_magnitude)
         attention_index = 0
         for block in self.layers:
             pair = None
-            if cache is not None and block.attention is not None:
+            if cache is not None and isinstance(block.attention, SelfAttention):
                 pair = cache[2 * attention_index : 2 * attention_index + 2]
                 attention_index += 1
             x = block(x, context, pair)
@@ -218,13 +291,13 @@ class Decoder(nn.Module):
             torch.zeros(
                 num_slots,
                 max_seq_len + 1,
-                layer.attention.num_key_value_heads,
+                layer.num_key_value_heads,
                 self.architecture.head_dim,
                 dtype=weight.dtype,
                 device=weight.device,
             )
             for layer in self.architecture.layers
-            if layer.attention
+            if layer.num_key_value_heads
             for _ in "kv"
         ]
 
@@ -233,12 +306,13 @@ def load(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
     *,
-    all_reduce: Callable[[Tensor], Tensor] | None = None,
+    all_reduce: Collective = alone,
+    all_gather: Collective = alone,
 ) -> Decoder:
     """The decoder of a checkpoint, weights evaluated and in `dtype` (default: the checkpoint's)."""
     architecture = checkpoint.architecture
     with torch.device("meta"):
-        decoder = Decoder(architecture, all_reduce=all_reduce)
+        decoder = Decoder(architecture, all_reduce=all_reduce, all_gather=all_gather)
     weights = {name: to_tensor(x, dtype) for name, x in checkpoint.decoder_tensors().items()}
     decoder.load_state_dict(weights, strict=True, assign=True)
     decoder.rope_frequencies = rope_frequencies(architecture.rope, architecture.head_dim)

@@ -1,18 +1,25 @@
-"""Write a Checkpoint as a Hugging Face directory: nemotron-nas, or plain Llama where layers are alike."""
+"""Write a Checkpoint as a Hugging Face directory: nemotron-nas, or Llama or Qwen2 where layers are alike."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder import nemotron_nas
-from builder.architecture import Architecture, Layer
+from builder import manifest, nemotron_nas
+from builder.architecture import Architecture, Layer, Linear
 from builder.checkpoint import Checkpoint
-from builder.huggingface import FFN_MULTIPLE, ffn_mult, hf_name
-from builder.storage import Progress, output_directory, read_json, write_json, write_safetensors
-from builder.surgery.sharding import pad_widths
+from builder.config import FFN_MULTIPLE, ffn_mult
+from builder.errors import UserError
+from builder.huggingface import hf_name
+from builder.storage import json_bytes, read_json
+from builder.surgery.ffn import pad_widths
+from builder.team import Team
 from builder.tensors import Expression
+from builder.writer import Progress
+
+DECILM, LLAMA, QWEN = "DeciLMForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"
+MODEL_TYPES = {DECILM: "nemotron-nas", LLAMA: "llama", QWEN: "qwen2"}
 
 SHARD_BYTES = 5_000_000_000
 # Files that travel with a model unchanged.
@@ -32,41 +39,61 @@ CODE = ("configuration_decilm.py", "modeling_decilm.py")
 
 
 def write(
-    checkpoint: Checkpoint, source: Path, output: Path, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    source: Path,
+    output: Path,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    team: Team | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Architecture:
     """Write `checkpoint`, made from the model directory `source`; returns the padded Architecture.
 
-    Raises UserError where the output exists or the disk is full; nothing is left behind then.
+    `facts` go into the manifest. Raises UserError for what the format cannot say, and where the
+    output exists or the disk is full; nothing is left behind then.
     """
-    plain = checkpoint.architecture.uniform
-    if not plain:
+    kind = _kind(checkpoint.architecture)
+    if kind == DECILM:
         checkpoint = pad_widths(checkpoint, FFN_MULTIPLE)
-    tensors = {hf_name(name): x for name, x in checkpoint.tensors.items()}
-    with output_directory(output, sum(x.num_bytes for x in tensors.values())) as directory:
-        write_json(directory / "config.json", _config(checkpoint, source, plain))
-        _write_weights(directory, tensors, progress)
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
-        if not plain:
-            for name in CODE:
-                shutil.copyfile(Path(nemotron_nas.__path__[0]) / name, directory / name)
+    shards = _shards({hf_name(name): x for name, x in checkpoint.tensors.items()})
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    texts = {"config.json": json_bytes(_config(checkpoint, source, kind))}
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        texts["model.safetensors.index.json"] = json_bytes(_index(names, shards))
+    texts |= {name: (source / name).read_bytes() for name in COMPANIONS if (source / name).is_file()}
+    if kind == DECILM:
+        code = Path(nemotron_nas.__path__[0])
+        texts |= {name: (code / name).read_bytes() for name in CODE}
+    manifest.write_directory(
+        output,
+        dict(zip(names, shards, strict=True)),
+        texts,
+        {"kind": "hugging-face", "source": checkpoint.digest, **(facts or {})},
+        team=team,
+        threads=threads,
+        progress=progress,
+    )
     return checkpoint.architecture
 
 
-def _write_weights(directory: Path, tensors: dict[str, Expression], progress: Progress | None) -> None:
-    shards = _shards(tensors)
-    if len(shards) == 1:
-        write_safetensors(directory / "model.safetensors", tensors, progress)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(directory / name, shard, progress)
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(x.num_bytes for x in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(directory / "model.safetensors.index.json", index)
+def _kind(architecture: Architecture) -> str:
+    if architecture.uniform:
+        return QWEN if architecture.attention_bias else LLAMA
+    if architecture.attention_bias:
+        raise UserError(
+            "attention_bias: a model with unlike layers is written as nemotron-nas, which has no q/k/v "
+            "biases (qwen2 has them); change all its layers alike"
+        )
+    return DECILM
+
+
+def _index(names: list[str], shards: list[dict[str, Expression]]) -> dict[str, Any]:
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(x.num_bytes for shard in shards for x in shard.values())
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def _shards(tensors: dict[str, Expression]) -> list[dict[str, Expression]]:
@@ -81,14 +108,13 @@ def _shards(tensors: dict[str, Expression]) -> list[dict[str, Expression]]:
     return shards
 
 
-def _config(checkpoint: Checkpoint, source: Path, plain: bool) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, source: Path, kind: str) -> dict[str, Any]:
     a = checkpoint.architecture
     given = read_json(source / "config.json")
     rope = a.rope.to_mapping()
-    widest = max((x.ffn.intermediate_size for x in a.layers if x.ffn), default=a.hidden_size)
     values: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM" if plain else "DeciLMForCausalLM"],
-        "model_type": "llama" if plain else "nemotron-nas",
+        "architectures": [kind],
+        "model_type": MODEL_TYPES[kind],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": given.get("bos_token_id"),
@@ -98,14 +124,12 @@ def _config(checkpoint: Checkpoint, source: Path, plain: bool) -> dict[str, Any]
         "hidden_act": "silu",
         "hidden_size": a.hidden_size,
         "initializer_range": given.get("initializer_range", 0.02),
-        "intermediate_size": widest,
+        "intermediate_size": max(x.intermediate_size for x in a.layers) or a.hidden_size,
         "max_position_embeddings": a.max_position_embeddings,
         "mlp_bias": False,
         "num_attention_heads": a.num_attention_heads,
         "num_hidden_layers": len(a.layers),
-        "num_key_value_heads": max(
-            (x.attention.num_key_value_heads for x in a.layers if x.attention), default=a.num_attention_heads
-        ),
+        "num_key_value_heads": max(x.num_key_value_heads for x in a.layers) or a.num_attention_heads,
         "rms_norm_eps": a.norm_eps,
         # Readers of today and of yesterday want one spelling each.
         "rope_theta": a.rope.theta,
@@ -116,7 +140,10 @@ def _config(checkpoint: Checkpoint, source: Path, plain: bool) -> dict[str, Any]
         "use_cache": True,
         "vocab_size": a.vocab_size,
     }
-    if not plain:
+    if kind == QWEN:  # its biases are the model type's own
+        del values["attention_bias"], values["mlp_bias"]
+        values["use_sliding_window"] = False
+    if kind == DECILM:
         values["auto_map"] = {
             "AutoConfig": "configuration_decilm.DeciLMConfig",
             "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
@@ -131,10 +158,13 @@ def _block(architecture: Architecture, layer: Layer) -> dict[str, Any]:
     attention |= {"num_sink_tokens": None, "sparsify": None, "unshifted_sink": False}
     attention |= {"use_prefill_window_in_sink_attention": False, "window_length": None}
     ffn: dict[str, Any] = {"ffn_mult": None, "no_op": True, "replace_with_linear": False, "sparsify": None}
-    if layer.attention:
-        group = architecture.num_attention_heads // layer.attention.num_key_value_heads
+    if isinstance(layer.attention, Linear):
+        attention |= {"no_op": False, "replace_with_linear": True}
+    elif layer.attention:
+        group = architecture.num_attention_heads // layer.num_key_value_heads
         attention |= {"n_heads_in_group": group, "no_op": False}
-    if layer.ffn:
-        mult = ffn_mult(layer.ffn.intermediate_size, architecture.hidden_size)
-        ffn |= {"ffn_mult": mult, "no_op": False}
+    if isinstance(layer.ffn, Linear):
+        ffn |= {"no_op": False, "replace_with_linear": True}
+    elif layer.ffn:
+        ffn |= {"ffn_mult": ffn_mult(layer.intermediate_size, architecture.hidden_size), "no_op": False}
     return {"attention": attention, "ffn": ffn}

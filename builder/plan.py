@@ -1,11 +1,15 @@
 """What is done to a model: plan.yaml, or the same said on the command line.
 
-    model: DIGEST              the model it was made for; checked when given
-    drop_attention: [7, 8, 9]  layers that lose their attention
-    fuse: [[7, 8]]             runs that become one layer; left out: every run without its last layer
-    norm: fold                 or `last`
+    model: DIGEST                  the model it was made for; checked when given
+    drop_attention: [7, 8, 9]      layers that lose their attention
+    drop_ffn: [3]                  layers that lose their FFN
+    ffn_channels: {5: "0-4095"}    the channels that an FFN keeps, as text or a list
+    kv_heads: {6: 2}               the KV heads that an attention keeps, each the mean of neighbours
+    fuse: [[7, 8]]                 runs that become one layer; left out: every run without its last layer
+    norm: fold                     or `last`
 
-Indices are layers of the input model.
+Indices are layers of the input model. They are applied in this order; layers with neither attention
+nor FFN then go.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import yaml
 from builder.architecture import Architecture
 from builder.checkpoint import Checkpoint
 from builder.errors import UserError
-from builder.surgery.attention import drop_attention
-from builder.surgery.fusion import Group, Norm, default_groups, fuse
+from builder.surgery.attention import drop_attention, pool_kv_heads
+from builder.surgery.ffn import drop_ffn, narrow_ffn
+from builder.surgery.fusion import Group, Norm, default_groups, fuse, remove_empty
 
-KEYS = ("model", "drop_attention", "fuse", "norm")
+KEYS = ("model", "drop_attention", "drop_ffn", "ffn_channels", "kv_heads", "fuse", "norm")
+MAX_NUMBER = 10_000_000  # no model has more layers or channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,9 @@ class Plan:
     """`fuse` None is every attention-free run without its last layer."""
 
     drop_attention: tuple[int, ...] = ()
+    drop_ffn: tuple[int, ...] = ()
+    ffn_channels: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    kv_heads: tuple[tuple[int, int], ...] = ()
     fuse: tuple[Group, ...] | None = None
     norm: Norm = "fold"
     model: str | None = None
@@ -38,8 +47,11 @@ class Plan:
         """Rewrite `checkpoint`. Raises UserError where the plan does not fit it."""
         if self.model is not None and self.model != checkpoint.digest:
             raise UserError(f"plan: made for model {self.model[:12]}, this one is {checkpoint.digest[:12]}")
-        dropped = drop_attention(checkpoint, set(self.drop_attention))
-        return fuse(dropped, self.groups(dropped.architecture), self.norm)
+        cut = drop_attention(checkpoint, self.drop_attention)
+        cut = drop_ffn(cut, self.drop_ffn)
+        cut = narrow_ffn(cut, dict(self.ffn_channels))
+        cut = pool_kv_heads(cut, dict(self.kv_heads))
+        return remove_empty(fuse(cut, self.groups(cut.architecture), self.norm))
 
     def groups(self, dropped: Architecture) -> list[Group]:
         """The groups to fuse in the architecture whose attention has been dropped."""
@@ -48,6 +60,12 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The content of plan.yaml."""
         values: dict[str, Any] = {"model": self.model, "drop_attention": list(self.drop_attention)}
+        if self.drop_ffn:
+            values["drop_ffn"] = list(self.drop_ffn)
+        if self.ffn_channels:
+            values["ffn_channels"] = {layer: format_numbers(x) for layer, x in self.ffn_channels}
+        if self.kv_heads:
+            values["kv_heads"] = dict(self.kv_heads)
         if self.fuse is not None:
             values["fuse"] = [list(group) for group in self.fuse]
         return {**values, "norm": self.norm}
@@ -68,7 +86,10 @@ def read(file: Path) -> Plan:
             raise UserError(f"{file}: key {key!r} is unknown; keys are {', '.join(KEYS)}")
     try:
         return Plan(
-            drop_attention=tuple(_integer(i) for i in values.get("drop_attention") or ()),
+            drop_attention=_numbers(values.get("drop_attention") or ()),
+            drop_ffn=_numbers(values.get("drop_ffn") or ()),
+            ffn_channels=tuple((k, _numbers(x)) for k, x in _per_layer(values, "ffn_channels")),
+            kv_heads=tuple((k, _integer(x)) for k, x in _per_layer(values, "kv_heads")),
             fuse=None if values.get("fuse") is None else tuple(_group(g) for g in values["fuse"]),
             norm=parse_norm(values.get("norm", "fold")),
             model=values.get("model"),
@@ -89,11 +110,32 @@ def parse_norm(value: object) -> Norm:
     return value  # type: ignore[return-value]
 
 
+def parse_kv_heads(text: str) -> tuple[tuple[int, int], ...]:
+    """`6,42-45=2` as pairs of layer and KV heads."""
+    layers, equals, heads = text.partition("=")
+    if not equals:
+        raise UserError(f"kv_heads: {text!r} is not LAYERS=HEADS; write e.g. 6,42-45=2")
+    return tuple((layer, _integer(heads)) for layer in parse_layers(layers))
+
+
+def format_numbers(numbers: tuple[int, ...]) -> str:
+    """Ascending numbers as `6,7,42-51`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
-    """`6,7,42-51` as layer numbers."""
+    """`6,7,42-51` as numbers of layers or channels."""
     layers: list[int] = []
     for part in text.split(","):
         first, last = _bounds(part) if "-" in part else (_integer(part), _integer(part))
+        if last > MAX_NUMBER:
+            raise UserError(f"layers: {part!r} is beyond any layer or channel; {MAX_NUMBER:,} is the most")
         layers.extend(range(first, last + 1))
     if len(set(layers)) != len(layers):
         raise UserError(f"layers: {text!r} names a layer twice")
@@ -111,6 +153,21 @@ def _bounds(text: str) -> Group:
     if bounds[0] > bounds[1]:
         raise UserError(f"layers: {text!r} runs backwards; write FIRST-LAST")
     return bounds
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    if isinstance(value, str):
+        return parse_layers(value)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"layers: {value!r} is not a list; write e.g. [6, 7] or 42-51")
+    return tuple(_integer(x) for x in value)
+
+
+def _per_layer(values: dict[str, Any], key: str) -> list[tuple[int, Any]]:
+    given = values.get(key) or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{key}: {given!r} is not a mapping from layers")
+    return [(_integer(layer), x) for layer, x in given.items()]
 
 
 def _group(value: object) -> Group:

@@ -1,14 +1,19 @@
 """Lazy tensor expressions: shape and dtype are known without reading a byte.
 
-An expression is evaluated by rows (axis 0), so a tensor of any size passes through in blocks.
-Arithmetic happens in float32 or wider, and one `Cast` at the end rounds once.
+Every tensor is seen as a matrix, [shape[0], the rest]. An expression fills any window of it, so a
+tensor of any size passes through in blocks, and a column cut of joined tensors reads only the parts
+it needs. Here bytes only move; `builder.arithmetic` computes.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -19,39 +24,78 @@ from builder.errors import UserError
 
 Array = np.ndarray
 
+FP8 = "float8_e4m3fn"
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    FP8: np.dtype(ml_dtypes.float8_e4m3fn),
 }
+_BAND_BYTES = 1 << 20  # what stays in a core's cache
 
 
-def wide(*dtypes: str) -> str:
-    """The dtype in which arithmetic on `dtypes` happens."""
-    return "float64" if "float64" in dtypes else "float32"
+class _Scratch(threading.local):
+    """Buffers a thread uses again and again: fresh memory costs more than the work done in it."""
+
+    def __init__(self) -> None:
+        self.free: list[Array] = []
+
+    @contextmanager
+    def borrow(self, shape: tuple[int, int], dtype: str) -> Iterator[Array]:
+        """A C-contiguous matrix with arbitrary contents."""
+        kind = NUMPY_DTYPES[dtype]
+        size = prod(shape) * kind.itemsize
+        buffer = self.free.pop() if self.free else np.empty(0, np.uint8)
+        if buffer.size < size:
+            buffer = np.empty(size, np.uint8)
+        try:
+            yield buffer[:size].view(kind).reshape(shape)
+        finally:
+            self.free.append(buffer)
+
+
+scratch = _Scratch()
 
 
 class Expression(ABC):
-    """A tensor yet to be computed; its rows can be had in any order."""
+    """A tensor yet to be computed; any window of it can be had, in any order."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @abstractmethod
+    def fill(self, out: Array, row: int, column: int) -> None:
+        """Write the window that begins at (row, column) and has `out`'s shape into `out`, of `dtype`."""
+
     def read(self, start: int, stop: int) -> Array:
-        """Rows start..stop as a C-contiguous array of `dtype`, [stop - start, *shape[1:]]."""
+        """Rows start..stop as a new array, [stop - start, *shape[1:]]."""
+        out = np.empty((stop - start, self.columns), NUMPY_DTYPES[self.dtype])
+        self.fill(out, start, 0)
+        return out.reshape(stop - start, *self.shape[1:])
 
     def read_all(self) -> Array:
+        """The whole tensor."""
         return self.read(0, self.shape[0])
 
     @property
+    def columns(self) -> int:
+        return prod(self.shape[1:])
+
+    @property
     def row_bytes(self) -> int:
-        return prod(self.shape[1:]) * NUMPY_DTYPES[self.dtype].itemsize
+        return self.columns * NUMPY_DTYPES[self.dtype].itemsize
 
     @property
     def num_bytes(self) -> int:
         return self.shape[0] * self.row_bytes
+
+
+def bands(rows: int, row_bytes: int, band_bytes: int = _BAND_BYTES) -> Iterator[slice]:
+    """0..rows in slices of about `band_bytes`, one row at least."""
+    step = max(1, band_bytes // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 @dataclass(frozen=True)
@@ -64,24 +108,74 @@ class Source(Expression):
     shape: tuple[int, ...]
     dtype: str
 
-    def read(self, start: int, stop: int) -> Array:
-        out = np.empty((stop - start, *self.shape[1:]), NUMPY_DTYPES[self.dtype])
-        view = out.reshape(-1).view(np.uint8).data
-        position = self.offset + start * self.row_bytes
+    def fill(self, out: Array, row: int, column: int) -> None:
+        whole_rows = out.shape[1] == self.columns
         handle = os.open(self.file, os.O_RDONLY)
         try:
-            while view:
-                count = os.preadv(handle, [view], position)
-                if count == 0:
-                    raise UserError(f"{self.file}: ends inside tensor {self.name!r}; copy the file again")
-                view, position = view[count:], position + count
+            if whole_rows and out.flags.c_contiguous:
+                self._read(handle, out, row)
+                return
+            for band in bands(out.shape[0], self.row_bytes):
+                with scratch.borrow((band.stop - band.start, self.columns), self.dtype) as rows:
+                    self._read(handle, rows, row + band.start)
+                    out[band] = rows[:, column : column + out.shape[1]]
         finally:
             os.close(handle)
-        return out
+
+    def _read(self, handle: int, out: Array, row: int) -> None:
+        view = out.reshape(-1).view(np.uint8).data
+        position = self.offset + row * self.row_bytes
+        while view:
+            count = os.preadv(handle, [view], position)
+            if count == 0:
+                raise UserError(f"{self.file}: ends inside tensor {self.name!r}; copy the file again")
+            view, position = view[count:], position + count
 
 
 @dataclass(frozen=True)
-class Slice(Expression):
+class Declared(Expression):
+    """A tensor whose weights are not at hand: a bare config.json says that it is there."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def fill(self, out: Array, row: int, column: int) -> None:
+        raise UserError(f"tensor {self.name}: only a config.json was given; give the model directory")
+
+
+@dataclass(frozen=True)
+class Constant(Expression):
+    """Numbers at hand."""
+
+    values: Array
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.values.shape
+
+    def fill(self, out: Array, row: int, column: int) -> None:
+        matrix = self.values.reshape(self.shape[0], -1)
+        out[...] = matrix[row : row + out.shape[0], column : column + out.shape[1]]
+
+
+class Same(Expression):
+    """An expression over one `x`, of the same shape and dtype unless it says otherwise."""
+
+    x: Expression
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.x.shape
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.x.dtype
+
+
+@dataclass(frozen=True)
+class Slice(Same):
     """Indices start..stop of one axis."""
 
     x: Expression
@@ -91,16 +185,44 @@ class Slice(Expression):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return _resized(self.x.shape, self.axis, self.stop - self.start)
+        return resized(self.x.shape, self.axis, self.stop - self.start)
+
+    def fill(self, out: Array, row: int, column: int) -> None:
+        if self.axis == 0:
+            self.x.fill(out, self.start + row, column)
+        else:
+            self.x.fill(out, row, self.start + column)
+
+
+@dataclass(frozen=True)
+class Take(Same):
+    """The given indices of one axis, in ascending order."""
+
+    x: Expression
+    axis: int
+    indices: tuple[int, ...]
 
     @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.x.dtype
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return resized(self.x.shape, self.axis, len(self.indices))
 
-    def read(self, start: int, stop: int) -> Array:
+    def fill(self, out: Array, row: int, column: int) -> None:
         if self.axis == 0:
-            return self.x.read(self.start + start, self.start + stop)
-        return np.ascontiguousarray(self.x.read(start, stop)[:, self.start : self.stop])
+            for low, high in _runs(self.indices[row : row + out.shape[0]]):
+                self.x.fill(out[low:high], self.indices[row + low], column)
+            return
+        wanted = np.array(self.indices[column : column + out.shape[1]])
+        first, span = int(wanted[0]), int(wanted[-1] - wanted[0]) + 1
+        for band in bands(out.shape[0], span * out.itemsize):
+            with scratch.borrow((band.stop - band.start, span), self.dtype) as rows:
+                self.x.fill(rows, row + band.start, first)
+                out[band] = rows[:, wanted - first]
+
+
+def _runs(indices: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Places low..high at which ascending `indices` are consecutive numbers."""
+    breaks = [i + 1 for i, (a, b) in enumerate(pairwise(indices)) if b != a + 1]
+    yield from pairwise([0, *breaks, len(indices)])
 
 
 @dataclass(frozen=True)
@@ -112,30 +234,31 @@ class Concat(Expression):
 
     def __post_init__(self) -> None:
         assert len({p.dtype for p in self.parts}) == 1, "parts of one dtype"
-        assert len({_resized(p.shape, self.axis, 0) for p in self.parts}) == 1, "parts of one shape"
+        assert len({resized(p.shape, self.axis, 0) for p in self.parts}) == 1, "parts of one shape"
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return _resized(self.parts[0].shape, self.axis, sum(p.shape[self.axis] for p in self.parts))
+        return resized(self.parts[0].shape, self.axis, sum(p.shape[self.axis] for p in self.parts))
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
         return self.parts[0].dtype
 
-    def read(self, start: int, stop: int) -> Array:
-        if self.axis == 1:
-            return np.concatenate([p.read(start, stop) for p in self.parts], axis=1)
-        pieces, first = [], 0
+    def fill(self, out: Array, row: int, column: int) -> None:
+        start = (row, column)[self.axis]
+        stop, first = start + out.shape[self.axis], 0
         for part in self.parts:
-            low, high = max(start - first, 0), min(stop - first, part.shape[0])
-            if low < high:
-                pieces.append(part.read(low, high))
-            first += part.shape[0]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0)
+            size = part.shape[self.axis]
+            low, high = max(start, first), min(stop, first + size)
+            if low < high and self.axis == 0:
+                part.fill(out[low - start : high - start], low - first, column)
+            elif low < high:
+                part.fill(out[:, low - start : high - start], row, low - first)
+            first += size
 
 
 @dataclass(frozen=True)
-class Pad(Expression):
+class Pad(Same):
     """Zeros after the end of an axis, up to `size`."""
 
     x: Expression
@@ -144,105 +267,15 @@ class Pad(Expression):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return _resized(self.x.shape, self.axis, self.size)
+        return resized(self.x.shape, self.axis, self.size)
 
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.x.dtype
-
-    def read(self, start: int, stop: int) -> Array:
-        out = np.zeros((stop - start, *self.shape[1:]), NUMPY_DTYPES[self.dtype])
-        if self.axis == 1:
-            out[:, : self.x.shape[1]] = self.x.read(start, stop)
-        elif start < self.x.shape[0]:
-            last = min(stop, self.x.shape[0])
-            out[: last - start] = self.x.read(start, last)
-        return out
-
-
-@dataclass(frozen=True)
-class ScaleColumns(Expression):
-    """x @ diag(scale), in float32 or wider."""
-
-    x: Expression
-    scale: Expression
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.x.shape
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return wide(self.x.dtype, self.scale.dtype)
-
-    def read(self, start: int, stop: int) -> Array:
-        dtype = NUMPY_DTYPES[self.dtype]
-        return self.x.read(start, stop).astype(dtype) * self.scale.read_all().astype(dtype)
-
-
-@dataclass(frozen=True)
-class Divide(Expression):
-    """a / b element by element, in float32 or wider; b has no zeros."""
-
-    a: Expression
-    b: Expression
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.a.shape
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return wide(self.a.dtype, self.b.dtype)
-
-    def read(self, start: int, stop: int) -> Array:
-        dtype = NUMPY_DTYPES[self.dtype]
-        return self.a.read(start, stop).astype(dtype) / self.b.read(start, stop).astype(dtype)
-
-
-@dataclass(frozen=True)
-class NormBase(Expression):
-    """The common norm weight of a fused run: the members' root mean square, never zero.
-
-    Each member's weight over this base is at most sqrt(number of members), so folding neither
-    overflows nor divides by a small number. Where all members are zero the base is 1. The value
-    is rounded to the stored dtype before anyone divides by it, which keeps folding exact.
-    """
-
-    norms: tuple[Expression, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.norms[0].shape
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.norms[0].dtype
-
-    def read(self, start: int, stop: int) -> Array:
-        stacked = np.stack([x.read(start, stop).astype(np.float64) for x in self.norms])
-        base = np.sqrt(np.square(stacked).mean(axis=0)).astype(NUMPY_DTYPES[self.dtype])
-        return np.where(base == 0, np.ones_like(base), base)
-
-
-@dataclass(frozen=True)
-class Cast(Expression):
-    """The same numbers in another dtype, rounded to nearest even."""
-
-    x: Expression
-    dtype: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.x.shape
-
-    def read(self, start: int, stop: int) -> Array:
-        return self.x.read(start, stop).astype(NUMPY_DTYPES[self.dtype])
-
-
-def cast(x: Expression, dtype: str) -> Expression:
-    """`x` in `dtype`; itself where nothing changes."""
-    return x if x.dtype == dtype else Cast(x, dtype)
+    def fill(self, out: Array, row: int, column: int) -> None:
+        start = (row, column)[self.axis]
+        held = max(0, min(self.x.shape[self.axis] - start, out.shape[self.axis]))
+        inside, outside = (out[:held], out[held:]) if self.axis == 0 else (out[:, :held], out[:, held:])
+        outside[...] = 0
+        if held:
+            self.x.fill(inside, row, column)
 
 
 def concat(parts: list[Expression], axis: int) -> Expression:
@@ -255,5 +288,5 @@ def pad(x: Expression, axis: int, size: int) -> Expression:
     return x if x.shape[axis] == size else Pad(x, axis, size)
 
 
-def _resized(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+def resized(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
     return (*shape[:axis], size, *shape[axis + 1 :])

@@ -116,7 +116,7 @@ def test_plan_file_says_the_same_as_options(tiny_hf: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("drop: [1]", "key 'drop' is unknown; keys are model, drop_attention, fuse, norm"),
+        ("drop: [1]", "key 'drop' is unknown; keys are model, drop_attention, drop_ffn, "),
         ("drop_attention: [one]", "layers: 'one' is not a layer number"),
         ("fuse: [3]", "fuse: 3 is not [first, last]"),
         ("norm: mean", "norm: 'mean' is not one of fold, last"),

@@ -10,7 +10,8 @@ from conftest import fused, write_llama
 
 from builder import huggingface
 from builder.decoder import Decoder, load
-from builder.surgery.sharding import pad_widths, shard
+from builder.surgery.ffn import pad_widths
+from builder.surgery.sharding import shard
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -10,9 +10,9 @@ import torch
 from conftest import fused, write_llama
 
 from builder import export, huggingface
+from builder.config import ffn_mult, ffn_width
 from builder.decoder import load
 from builder.errors import UserError
-from builder.huggingface import ffn_mult, ffn_width
 
 
 @pytest.fixture(scope="module")

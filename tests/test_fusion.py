@@ -16,21 +16,15 @@ from builder.checkpoint import Checkpoint, tensor_shapes
 from builder.decoder import load
 from builder.errors import UserError
 from builder.surgery.attention import drop_attention
+from builder.surgery.ffn import pad_widths
 from builder.surgery.fusion import default_groups, fuse
-from builder.surgery.sharding import pad_widths
-from builder.tensors import NUMPY_DTYPES, Expression
+from builder.tensors import NUMPY_DTYPES, Constant, Expression
 
 EPS = 1e-5
 
 
-class Array(Expression):
-    """A tensor that is there already."""
-
-    def __init__(self, array: np.ndarray, dtype: str) -> None:
-        self.array, self.shape, self.dtype = array.astype(NUMPY_DTYPES[dtype]), array.shape, dtype
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.array[start:stop]
+def constant(array: np.ndarray, dtype: str) -> Constant:
+    return Constant(array.astype(NUMPY_DTYPES[dtype]), dtype)
 
 
 def ffn_stack(widths: list[int], dtype: str, hidden: int = 48) -> Checkpoint:
@@ -56,7 +50,7 @@ def ffn_stack(widths: list[int], dtype: str, hidden: int = 48) -> Checkpoint:
         arrays[name][:3] = (1e-12, -0.7, 0.0)
     return Checkpoint(
         architecture=architecture,
-        tensors={n: Array(a, dtype) for n, a in arrays.items()},
+        tensors={n: constant(a, dtype) for n, a in arrays.items()},
         dtype=dtype,
         digest="",
     )

@@ -66,12 +66,12 @@ def test_interrupted_training_leaves_nothing(
 
 
 def test_default_recipe_is_the_size_the_demo_promises() -> None:
-    from builder import huggingface
+    from builder import config
 
     r = parent.DEFAULT
     assert r.num_hidden_layers >= 16
     assert r.num_key_value_heads < r.num_attention_heads
-    assert r.intermediate_size % huggingface.FFN_MULTIPLE == 0
+    assert r.intermediate_size % config.FFN_MULTIPLE == 0
     layer = r.hidden_size * (3 * r.hidden_size + 3 * r.intermediate_size)
     assert 3e6 < r.num_hidden_layers * layer + r.vocab_size * r.hidden_size < 8e6
 

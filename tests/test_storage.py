@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from builder import huggingface, storage
+from builder import huggingface, writer
 from builder.errors import UserError
-from builder.storage import output_directory, read_header, write_safetensors
+from builder.storage import output_directory
+from builder.tensorfile import read_header
 
 TENSORS = {
     "b.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -27,13 +28,13 @@ TENSORS = {
 
 def test_bytes_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    write_safetensors(tmp_path / "ours.safetensors", read_header(tmp_path / "theirs.safetensors"))
+    writer.write(tmp_path, {"ours.safetensors": read_header(tmp_path / "theirs.safetensors")})
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
 def test_library_reads_what_we_write(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "a.safetensors")
-    write_safetensors(tmp_path / "b.safetensors", read_header(tmp_path / "a.safetensors"))
+    writer.write(tmp_path, {"b.safetensors": read_header(tmp_path / "a.safetensors")})
     again = load_file(tmp_path / "b.safetensors")
     assert again.keys() == TENSORS.keys()
     assert all(torch.equal(again[name], x) for name, x in TENSORS.items())
@@ -95,7 +96,7 @@ def test_index_cannot_leave_the_directory(tiny_hf: Path, tmp_path: Path, name: s
     [
         ({"model_type": "qwen3"}, "model_type 'qwen3' cannot be read: its q/k norms"),
         ({"model_type": "gemma2"}, "its post-norms"),
-        ({"model_type": "mystery"}, "it is not known; supported are llama, mistral, nemotron-nas"),
+        ({"model_type": "mystery"}, "it is not known; supported are llama, mistral, qwen2, nemotron-nas"),
         ({"hidden_size": 60}, "hidden_size|shape"),
         ({"hidden_size": -1}, "hidden_size -1 is not a positive integer"),
         ({"hidden_size": "64"}, "hidden_size '64' is not a positive integer"),
@@ -157,16 +158,21 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         output_directory(tmp_path / "out", num_bytes=1 << 60),
     ):
         pass
+    assert list(tmp_path.iterdir()) == []
 
-    class Full:
-        def write(self, data: object) -> int:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with (
-        pytest.raises(UserError, match="No space left on device"),
-        output_directory(tmp_path / "out") as directory,
-    ):
-        storage._write(Full(), (directory / "half").name.encode())
+def test_failed_write(tiny_hf: Path, tmp_path: Path) -> None:
+    """A file that may not grow any further, as on a full disk or quota."""
+    code = (
+        "import resource, sys; from pathlib import Path; from builder import huggingface, trtllm\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "trtllm.convert(huggingface.read(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tiny_hf, tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert "UserError" in result.stderr
+    assert "out: File too large; nothing was left there" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,6 +15,7 @@ from builder.decoder import load
 from builder.errors import UserError
 from builder.surgery.attention import drop_attention
 from builder.surgery.fusion import fuse
+from builder.trtllm import conversion
 
 H, D = 64, 16  # hidden_size, head_dim of the tiny model
 GOLDEN_RANK = {
@@ -44,7 +45,7 @@ GOLDEN_RANK |= {
 
 def test_names_and_shapes_of_a_rank(tiny_checkpoint_tp2: Path) -> None:
     files = sorted(p.name for p in tiny_checkpoint_tp2.iterdir())
-    assert files == ["config.json", "rank0.safetensors", "rank1.safetensors"]
+    assert files == ["config.json", "ffn-fusion.json", "rank0.safetensors", "rank1.safetensors"]
     for rank in range(2):
         tensors = load_file(tiny_checkpoint_tp2 / f"rank{rank}.safetensors")
         assert {name: list(x.shape) for name, x in tensors.items()} == GOLDEN_RANK
@@ -169,7 +170,7 @@ def test_impossible_mappings_leave_nothing(
 def test_weights_too_large_for_tensorrt_are_refused(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trtllm, "MAX_ELEMENTS", 2 * 288 * 64 - 1)
+    monkeypatch.setattr(conversion, "MAX_ELEMENTS", 2 * 288 * 64 - 1)
     trtllm.convert(fused(tiny_hf), tmp_path / "two", tp_size=2)
     with pytest.raises(UserError, match=r"layer 2: the joined gate and up weight has 36,864 elements"):
         trtllm.convert(fused(tiny_hf), tmp_path / "one")

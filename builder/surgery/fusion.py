@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from builder.architecture import FFN, Architecture, Layer
+from builder.architecture import FFN, Architecture, Layer, Linear
+from builder.arithmetic import Divide, NormBase, ScaleColumns, cast
 from builder.checkpoint import Checkpoint, assemble
 from builder.errors import UserError
-from builder.tensors import Divide, Expression, NormBase, ScaleColumns, cast, concat
+from builder.tensors import Expression, concat
 
 Group = tuple[int, int]  # first and last layer, inclusive
 Norm = Literal["fold", "last"]
@@ -21,34 +22,52 @@ Norm = Literal["fold", "last"]
 
 def default_groups(architecture: Architecture, *, include_last: bool = False) -> list[Group]:
     """Every run of attention-free layers without its last one, the sensitive one, where two remain."""
-    runs = architecture.attention_free_runs()
-    groups = [(first, last if include_last else last - 1) for first, last in runs]
-    return [(first, last) for first, last in groups if last > first]
+    groups = []
+    for first, last in architecture.attention_free_runs():
+        members = [i for i in range(first, last + 1) if not architecture.layers[i].empty]
+        if not include_last:
+            members.pop()
+        if len(members) > 1:
+            groups.append((members[0], members[-1]))
+    return groups
 
 
 def fuse(checkpoint: Checkpoint, groups: list[Group], norm: Norm = "fold") -> Checkpoint:
     """Replace each group of layers by one.
 
     `fold` moves every member's norm weight into its gate and up columns, which is exact for any
-    common norm weight; `last` gives all members the last one's, as an ablation.
-    Raises UserError for a group that overlaps another or holds a layer that is not a lone FFN.
+    common norm weight; `last` gives all members the last one's, as an ablation. Empty layers in a
+    group compute nothing and go. Raises UserError for a group that overlaps another or holds a
+    layer that is not a lone FFN.
     """
     _check_groups(checkpoint.architecture, groups)
-    last_of = dict(groups)
+    old, last_of = checkpoint.architecture.layers, dict(groups)
     layers: list[Layer] = []
     tensors: list[dict[str, Expression]] = []
     index = 0
-    while index < len(checkpoint.architecture.layers):
+    while index < len(old):
         last = last_of.get(index, index)
-        members = range(index, last + 1)
-        if len(members) == 1:
-            layers.append(checkpoint.architecture.layers[index])
+        members = [i for i in range(index, last + 1) if last == index or not old[i].empty]
+        if last == index:
+            layers.append(old[index])
             tensors.append(checkpoint.layer(index))
         else:
-            layers.append(_fused_layer([checkpoint.architecture.layers[i] for i in members]))
+            layers.append(_fused_layer([old[i] for i in members]))
             tensors.append(_fused_tensors([checkpoint.layer(i) for i in members], checkpoint.dtype, norm))
         index = last + 1
     return assemble(checkpoint, replace(checkpoint.architecture, layers=tuple(layers)), tensors)
+
+
+def remove_empty(checkpoint: Checkpoint) -> Checkpoint:
+    """Without the layers that have neither attention nor FFN. Raises UserError where none would be left."""
+    kept = [i for i, layer in enumerate(checkpoint.architecture.layers) if not layer.empty]
+    if not kept:
+        raise UserError("plan: no layer would be left; drop less")
+    if len(kept) == len(checkpoint.architecture.layers):
+        return checkpoint
+    layers = tuple(checkpoint.architecture.layers[i] for i in kept)
+    tensors = [checkpoint.layer(i) for i in kept]
+    return assemble(checkpoint, replace(checkpoint.architecture, layers=layers), tensors)
 
 
 def _check_groups(architecture: Architecture, groups: list[Group]) -> None:
@@ -68,13 +87,17 @@ def _check_groups(architecture: Architecture, groups: list[Group]) -> None:
                     f"fuse: group {first}-{last} crosses layer {index}, which has attention; "
                     f"drop it (--drop-attention {index}) or split the group"
                 )
-            if layer.ffn is None:
-                raise UserError(f"fuse: group {first}-{last} crosses layer {index}, which has no FFN")
+            if isinstance(layer.ffn, Linear):
+                raise UserError(
+                    f"fuse: group {first}-{last} crosses layer {index}, whose FFN is a matrix; split it"
+                )
+        if sum(not layer.empty for layer in architecture.layers[first : last + 1]) < 2:
+            raise UserError(f"fuse: group {first}-{last} has fewer than two FFNs; leave it out")
         previous = last
 
 
 def _fused_layer(members: list[Layer]) -> Layer:
-    width = sum(layer.ffn.intermediate_size for layer in members if layer.ffn)
+    width = sum(layer.intermediate_size for layer in members)
     origins = tuple(origin for layer in members for origin in layer.members)
     return Layer(attention=None, ffn=FFN(intermediate_size=width), members=origins)
 

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from builder.architecture import FFN, Architecture
+from builder.architecture import Architecture, Attention
 from builder.checkpoint import Checkpoint, assemble
 from builder.errors import UserError
 from builder.tensors import Expression, Slice, pad
-
-
-def pad_widths(checkpoint: Checkpoint, multiple: int) -> Checkpoint:
-    """Pad every FFN to a multiple of `multiple` with zero channels, which changes no output."""
-    layers, tensors = [], []
-    for index, layer in enumerate(checkpoint.architecture.layers):
-        part = checkpoint.layer(index)
-        if layer.ffn:
-            width = -(-layer.ffn.intermediate_size // multiple) * multiple
-            layer = replace(layer, ffn=FFN(intermediate_size=width))
-            for name, axis in (("gate", 0), ("up", 0), ("down", 1)):
-                part[f"ffn.{name}.weight"] = pad(part[f"ffn.{name}.weight"], axis, width)
-        layers.append(layer)
-        tensors.append(part)
-    return assemble(checkpoint, replace(checkpoint.architecture, layers=tuple(layers)), tensors)
 
 
 def stage_layers(num_layers: int, pp_size: int, stage: int) -> range:
@@ -38,15 +21,28 @@ def check_stages(architecture: Architecture, pp_size: int) -> None:
         raise UserError(f"pp_size: {pp_size} does not fit {len(architecture.layers)} layers")
     for stage in range(pp_size):
         layers = stage_layers(len(architecture.layers), pp_size, stage)
-        if all(architecture.layers[i].attention is None for i in layers):
+        if not any(isinstance(architecture.layers[i].attention, Attention) for i in layers):
             raise UserError(
                 f"pp_size: {pp_size} leaves stage {stage} (layers {layers[0]}-{layers[-1]}) "
                 "without attention, which TensorRT-LLM cannot run; choose a smaller --pp"
             )
 
 
+# The axis along which a rank's share is cut; K and V have their own rule.
+SPLIT_AXES = {
+    "attention.q.weight": 0,
+    "attention.q.bias": 0,
+    "attention.o.weight": 1,
+    "attention.linear.weight": 0,
+    "ffn.gate.weight": 0,
+    "ffn.up.weight": 0,
+    "ffn.down.weight": 1,
+    "ffn.linear.weight": 0,
+}
+
+
 def shard(checkpoint: Checkpoint, tp_size: int, rank: int) -> Checkpoint:
-    """Rank `rank`'s share: rows of q, k, v, gate, up and lm_head, columns of o and down.
+    """Rank `rank`'s share: rows of q, k, v, gate, up, linears and lm_head, columns of o and down.
 
     KV head r * kv // tp_size is repeated where there are more ranks than KV heads. lm_head's rows
     are padded with zeros to a multiple of tp_size. The embedding and the norms stay whole.
@@ -56,15 +52,11 @@ def shard(checkpoint: Checkpoint, tp_size: int, rank: int) -> Checkpoint:
     layers = []
     for index, layer in enumerate(whole.layers):
         part = checkpoint.layer(index)
-        for name in ("attention.q", "ffn.gate", "ffn.up"):
-            if f"{name}.weight" in part:
-                part[f"{name}.weight"] = _share(part[f"{name}.weight"], 0, tp_size, rank)
-        for name in ("attention.o", "ffn.down"):
-            if f"{name}.weight" in part:
-                part[f"{name}.weight"] = _share(part[f"{name}.weight"], 1, tp_size, rank)
-        if layer.attention:
-            for name in ("attention.k.weight", "attention.v.weight"):
-                part[name] = _kv_share(part[name], layer.attention.num_key_value_heads, tp_size, rank)
+        for name, x in part.items():
+            if name in SPLIT_AXES:
+                part[name] = _share(x, SPLIT_AXES[name], tp_size, rank)
+            elif name.startswith(("attention.k.", "attention.v.")):
+                part[name] = _kv_share(x, layer.num_key_value_heads, tp_size, rank)
         layers.append(part)
     outside = dict(checkpoint.outside_layers())
     if not local.tie_word_embeddings:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from builder import trtllm
+from builder import trtllm, writer
 from builder.checkpoint import Checkpoint
 from builder.errors import UserError
 from builder.storage import output_directory
@@ -48,6 +48,16 @@ def build(
         raise UserError(
             f"pp_size: {checkpoint.pp_size} in {checkpoint_dir}, the embedded engine has tensor "
             "parallelism only; convert with --pp 1"
+        )
+    if checkpoint.quant_algo:
+        raise UserError(
+            f"quant_algo: {checkpoint.quant_algo} in {checkpoint_dir}, the embedded engine has no FP8; "
+            "convert without --quant, or build with --backend tensorrt-llm"
+        )
+    if checkpoint.tp_size > 1 and checkpoint.architecture.has_linear:
+        raise UserError(
+            f"tp_size: {checkpoint.tp_size} in {checkpoint_dir}, whose attention or FFN is a matrix in some "
+            "layer; the embedded engine runs that with --tp 1"
         )
     longest = checkpoint.architecture.max_position_embeddings if max_seq_len is None else max_seq_len
     manifest = Manifest(
@@ -102,8 +112,8 @@ def _check_limits(manifest: Manifest) -> None:
 
 def _write_weights(directory: Path, ranks: list[Checkpoint], report: Report) -> None:
     start = time.monotonic()
-    for index, rank in enumerate(ranks):
-        rank.write_safetensors(directory / f"rank{index}.safetensors")
+    files = {f"rank{index}.safetensors": rank.decoder_tensors() for index, rank in enumerate(ranks)}
+    writer.write(directory, files)
     report(
         f"weights of {len(ranks)} rank{'s' * (len(ranks) > 1)} written in {time.monotonic() - start:.1f} s"
     )

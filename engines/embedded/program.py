@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram, export
 
-from builder.decoder import Decoder, rope_frequencies
+from builder.decoder import Decoder, alone, rope_frequencies
 from engines.embedded import collectives  # noqa: F401  defines the all-reduce
 from engines.manifest import Manifest, read
 
@@ -23,7 +23,7 @@ _OPTIONS = {"aot_inductor.package_constants_in_so": False}
 def empty_decoder(manifest: Manifest) -> Decoder:
     """A rank's decoder in the engine's dtype; its weights take no memory until they are written."""
     local = manifest.architecture.shard(manifest.tp_size)
-    all_reduce = torch.ops.ffn_fusion.all_reduce if manifest.tp_size > 1 else None
+    all_reduce = torch.ops.ffn_fusion.all_reduce if manifest.tp_size > 1 else alone
     with torch.device("meta"):
         decoder = Decoder(local, all_reduce=all_reduce)
     dtype = getattr(torch, manifest.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._inductor import aoti_load_package
 
 from builder.decoder import rope_frequencies
-from builder.storage import read_header
+from builder.tensorfile import read_header
 from engines.embedded import target
 from engines.embedded.collectives import Communicator
 from engines.embedded.step import Prefill, Step
@@ -115,11 +115,11 @@ def _new_cache(manifest: Manifest) -> list[Tensor]:
         torch.zeros(
             manifest.max_batch_size,
             manifest.max_seq_len + 1,
-            layer.attention.num_key_value_heads,
+            layer.num_key_value_heads,
             local.head_dim,
             dtype=getattr(torch, manifest.dtype),
         )
         for layer in local.layers
-        if layer.attention
+        if layer.num_key_value_heads
         for _ in "kv"
     ]

@@ -1,0 +1,112 @@
+"""Largest magnitudes of activations over calibration text, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from builder import tokenizer
+from builder.checkpoint import Checkpoint
+from builder.decoder import (
+    Block,
+    Context,
+    FeedForward,
+    SelfAttention,
+    alone,
+    rope_frequencies,
+    rope_magnitude,
+    to_tensor,
+)
+from builder.errors import UserError
+from builder.evaluation import token_windows
+from builder.quantization import INPUTS, KV
+
+Progress = Callable[[int], None]  # called with the layers just done
+
+
+def read_windows(model: Path, files: list[Path], samples: int, length: int) -> Tensor:
+    """`samples` windows of `length` tokens from text files, [samples, length].
+
+    Raises UserError where a file cannot be read or the text is too short for one window.
+    """
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    encoder = tokenizer.load(model)
+    ids = [token for text in texts for token in encoder.encode(text, add_special_tokens=False).ids]
+    return token_windows(ids, length - 1, samples)
+
+
+@torch.no_grad()
+def calibrate(
+    checkpoint: Checkpoint, windows: Tensor, batch: int = 8, progress: Progress | None = None
+) -> dict[str, float]:
+    """The largest magnitude of each module's input and of K and V, by "layers.N.MODULE".
+
+    The reference decoder runs `windows` [count, length] in the checkpoint's dtype. Memory is one layer
+    and the hidden states of all windows. Raises UserError for tokens outside the vocabulary and for
+    activations that are not finite.
+    """
+    architecture = checkpoint.architecture
+    if int(windows.max()) >= architecture.vocab_size:
+        raise UserError(f"calib: token {int(windows.max())} is outside vocab_size {architecture.vocab_size}")
+    dtype = getattr(torch, checkpoint.dtype)
+    hidden = to_tensor(checkpoint.tensors["embedding.weight"])[windows]
+    positions = torch.arange(windows.shape[1])[None]
+    frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
+    context = Context(positions, frequencies, None, None, dtype, rope_magnitude(architecture.rope))
+    largest: dict[str, float] = {}
+    for index in range(len(architecture.layers)):
+        block = _load(checkpoint, index)
+        record = _Recorder(block, f"layers.{index}")
+        for part in hidden.split(batch):
+            part.copy_(block(part, context, None))
+        largest |= record.largest
+        if progress:
+            progress(1)
+    for name, value in largest.items():
+        if value != value or value == float("inf"):
+            raise UserError(f"calib: the input of {name} reaches {value}; the model is not sound")
+    return largest
+
+
+def _load(checkpoint: Checkpoint, index: int) -> Block:
+    with torch.device("meta"):
+        block = Block(checkpoint.architecture, index, alone, alone)
+    prefix = f"layers.{index}."
+    tensors = checkpoint.decoder_tensors()
+    weights = {n.removeprefix(prefix): to_tensor(x) for n, x in tensors.items() if n.startswith(prefix)}
+    block.load_state_dict(weights, strict=True, assign=True)
+    return block.eval().requires_grad_(False)
+
+
+class _Recorder:
+    """Keeps the largest magnitudes that pass through a block's modules."""
+
+    def __init__(self, block: Block, prefix: str) -> None:
+        self.largest: dict[str, float] = {}
+        self.prefix = prefix
+        for name in dict.fromkeys(INPUTS.values()):
+            half, _, module = name.partition(".")
+            owner = getattr(block, half)
+            if isinstance(owner, SelfAttention | FeedForward):
+                owner.get_submodule(module).register_forward_pre_hook(self._input(name))
+        if isinstance(block.attention, SelfAttention):
+            rows = block.attention.num_heads * block.attention.head_dim
+            block.attention.qkv.register_forward_hook(self._kv(rows))
+
+    def _see(self, name: str, x: Tensor) -> None:
+        key = f"{self.prefix}.{name}"
+        self.largest[key] = max(float(x.abs().max()), self.largest.get(key, 0.0))
+
+    def _input(self, name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda module, inputs: self._see(name, inputs[0])
+
+    def _kv(self, query_rows: int) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        return lambda module, inputs, output: self._see(KV, output[..., query_rows:])

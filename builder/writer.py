@@ -1,0 +1,140 @@
+"""Evaluate the tensors of many files at once, block by block, on several threads.
+
+Column cuts of one tensor, and copies of it, are written together: the tensor is read once and its
+parts go to their files. A tensor's digest is the XXH3-128 of its bytes, which the writer sees anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from builder.errors import UserError
+from builder.tensorfile import Layout
+from builder.tensors import Array, Expression, Slice, bands, scratch
+
+BLOCK_BYTES = 1 << 20  # read, computed and written while it lies in a core's cache
+Progress = Callable[[int], None]  # called with the bytes just written
+Digests = dict[str, dict[str, str]]  # file -> tensor -> hexadecimal XXH3-128
+
+
+def default_threads() -> int:
+    """The cores this process may use, 16 at most."""
+    return min(16, len(os.sched_getaffinity(0)))
+
+
+def write(
+    directory: Path,
+    files: Mapping[str, Mapping[str, Expression]],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Digests:
+    """Write each file's tensors into `directory`; returns their digests.
+
+    The bytes are the same for any number of threads. Peak memory is a few blocks a thread, whatever
+    the size of the tensors. Raises OSError on a full disk, UserError on a source that ends early.
+    """
+    digests: Digests = {name: {} for name in files}
+    stop = threading.Event()
+    with ExitStack() as stack:
+        targets = []
+        for name, tensors in files.items():
+            layout = Layout.of(tensors)
+            handle = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            stack.callback(os.close, handle)
+            _write_at(handle, layout.header, 0)
+            targets += [
+                _Target(name, tensor, x, handle, layout.offsets[tensor]) for tensor, x in tensors.items()
+            ]
+        pool = stack.enter_context(ThreadPoolExecutor(threads or default_threads()))
+        stack.callback(stop.set)  # before the pool waits for its threads
+        jobs = [pool.submit(_write_group, group, stop, progress) for group in _groups(targets)]
+        for job in as_completed(jobs):
+            for target, digest in job.result():
+                digests[target.file][target.tensor] = digest
+    return {name: dict(sorted(tensors.items())) for name, tensors in digests.items()}
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A tensor's place in an open file."""
+
+    file: str
+    tensor: str
+    x: Expression
+    handle: int
+    offset: int
+
+    @property
+    def base(self) -> Expression:
+        """What the tensor is cut from by columns, or itself."""
+        return self.x.x if isinstance(self.x, Slice) and self.x.axis == 1 else self.x
+
+    @property
+    def first(self) -> int:
+        """The first column of `base`."""
+        return self.x.start if isinstance(self.x, Slice) and self.x.axis == 1 else 0
+
+
+def _groups(targets: list[_Target]) -> list[list[_Target]]:
+    """Targets with one base together; the largest group first, so that threads end together."""
+    groups: dict[int, list[_Target]] = {}
+    for target in targets:
+        groups.setdefault(id(target.base), []).append(target)
+    return sorted(groups.values(), key=lambda group: -sum(t.x.num_bytes for t in group))
+
+
+def _write_group(
+    group: list[_Target], stop: threading.Event, progress: Progress | None
+) -> list[tuple[_Target, str]]:
+    hashes = [xxhash.xxh3_128() for _ in group]
+    try:
+        for start, parts in _blocks(group):
+            if stop.is_set():
+                break
+            for target, digest, part in zip(group, hashes, parts, strict=True):
+                data = part.reshape(-1).view(np.uint8).data
+                digest.update(data)
+                _write_at(target.handle, data, target.offset + start * target.x.row_bytes)
+                if progress:
+                    progress(len(data))
+    except UserError as error:
+        raise UserError(f"tensor {group[0].tensor!r}: {error}") from None
+    return [(target, digest.hexdigest()) for target, digest in zip(group, hashes, strict=True)]
+
+
+def _blocks(group: list[_Target]) -> Iterator[tuple[int, list[Array]]]:
+    """Row by row: the first row of a block and each target's C-contiguous part of it."""
+    base = group[0].base
+    first = min(t.first for t in group)
+    width = max(t.first + t.x.columns for t in group) - first
+    row_bytes = width * base.row_bytes // max(1, base.columns)
+    for band in bands(base.shape[0], row_bytes, BLOCK_BYTES):
+        rows = band.stop - band.start
+        with scratch.borrow((rows, width), base.dtype) as block, ExitStack() as stack:
+            base.fill(block, band.start, first)
+            parts = []
+            for target in group:
+                part = block[:, target.first - first :][:, : target.x.columns]
+                if not part.flags.c_contiguous:
+                    whole = stack.enter_context(scratch.borrow((rows, target.x.columns), base.dtype))
+                    np.copyto(whole, part)
+                    part = whole
+                parts.append(part)
+            yield band.start, parts
+
+
+def _write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(handle, view, offset)
+        view, offset = view[count:], offset + count
