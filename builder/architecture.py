@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -99,6 +100,25 @@ class Rope:
             return None
         kinds = {"original_max_position_embeddings": int, "truncate": bool}
         return {"rope_type": self.kind, **{name: kinds.get(name, float)(x) for name, x in self.scaling}}
+
+    @property
+    def magnitude(self) -> float:
+        """What cos and sin are multiplied by: 1 but for yarn (arXiv 2309.00071, 3.4)."""
+        if self.kind != "yarn":
+            return 1.0
+        scaling = dict(self.scaling)
+        given, factor = scaling.get("attention_factor"), scaling["factor"]
+        if given is not None:
+            return given
+        above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        if above and below:
+            return yarn_magnitude(factor, above) / yarn_magnitude(factor, below)
+        return yarn_magnitude(factor, 1.0)
+
+
+def yarn_magnitude(factor: float, mscale: float) -> float:
+    """0.1 * mscale * ln(factor) + 1, and 1 where nothing is stretched."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 # For each kind its fields and whether they are required.

@@ -17,7 +17,6 @@ from builder.decoder import (
     SelfAttention,
     alone,
     rope_frequencies,
-    rope_magnitude,
     to_tensor,
 )
 from builder.errors import UserError
@@ -60,7 +59,7 @@ def calibrate(
     hidden = to_tensor(checkpoint.tensors["embedding.weight"])[windows]
     positions = torch.arange(windows.shape[1])[None]
     frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
-    context = Context(positions, frequencies, None, None, dtype, rope_magnitude(architecture.rope))
+    context = Context(positions, frequencies, None, None, dtype, architecture.rope.magnitude)
     largest: dict[str, float] = {}
     for index in range(len(architecture.layers)):
         block = _load(checkpoint, index)

@@ -105,7 +105,9 @@ def make_plan(
 
 
 THREADS = click.option(
-    "--threads", type=click.IntRange(1), help="Threads that read and write; default: the cores, 16 at most."
+    "--threads",
+    type=click.IntRange(1),
+    help="Threads that read and write; default: the cores + 1, 16 at most.",
 )
 
 

@@ -59,23 +59,6 @@ def _yarn_ramp(theta: float, scaling: dict[str, float], head_dim: int) -> Tensor
     return ((torch.arange(head_dim // 2).float() - low) / (high - low)).clamp(0, 1)
 
 
-def rope_magnitude(rope: Rope) -> float:
-    """What cos and sin are multiplied by: 1 but for yarn (arXiv 2309.00071, 3.4)."""
-    if rope.kind != "yarn":
-        return 1.0
-    scaling = dict(rope.scaling)
-    given = scaling.get("attention_factor")
-    if given is not None:
-        return given
-
-    def mscale(weight: float) -> float:
-        factor = scaling["factor"]
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return mscale(above) / mscale(below) if above and below else mscale(1.0)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the statistics in float32 or wider."""
 
@@ -253,7 +236,6 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.lm_head_size, bias=False)
         frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
-        self.rope_magnitude = rope_magnitude(architecture.rope)
 
     def forward(
         self,
@@ -271,7 +253,9 @@ class Decoder(nn.Module):
         [B, lm_head_size] of the last token with `last_only`.
         """
         x = self.embedding(tokens)
-        context = Context(positions, self.rope_frequencies, slots, span, x.dtype, self.rope_magnitude)
+        context = Context(
+            positions, self.rope_frequencies, slots, span, x.dtype, self.architecture.rope.magnitude
+        )
         attention_index = 0
         for block in self.layers:
             pair = None

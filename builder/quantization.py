@@ -120,7 +120,8 @@ def quantize(
     if kv_cache:
         layers = enumerate(checkpoint.architecture.layers)
         kept = [f"layers.{i}.attention" for i, x in layers if isinstance(x.attention, Attention)]
-        kv = {name: _scale(activations[f"{name}.kv"]) for name in kept}
+        # e4m3 is as precise at any magnitude above 2^-6, so a scale below 1 gains nothing.
+        kv = {name: max(1.0, _scale(activations[f"{name}.kv"])) for name in kept}
     return Quantized(
         weights=weights,
         activations={name: _scale(activations[_input(name)]) for name in weights},

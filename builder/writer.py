@@ -21,14 +21,14 @@ from builder.errors import UserError
 from builder.tensorfile import Layout
 from builder.tensors import Array, Expression, Slice, bands, scratch
 
-BLOCK_BYTES = 1 << 20  # read, computed and written while it lies in a core's cache
+BLOCK_BYTES = 4 << 20  # large enough for the file system, small enough for the caches
 Progress = Callable[[int], None]  # called with the bytes just written
 Digests = dict[str, dict[str, str]]  # file -> tensor -> hexadecimal XXH3-128
 
 
 def default_threads() -> int:
-    """The cores this process may use, 16 at most."""
-    return min(16, len(os.sched_getaffinity(0)))
+    """One more than the cores this process may use, 16 at most: some thread always waits for a disk."""
+    return min(16, len(os.sched_getaffinity(0)) + 1)
 
 
 def write(

@@ -36,17 +36,17 @@ class DeciLMConfig(LlamaConfig):
         return values
 
     def layer_config(self, index: int, attention_index: int) -> tuple[LlamaConfig | None, LlamaConfig | None]:
-        """What Llama's own attention and MLP need to be built for this layer; None where it has none."""
+        """What Llama's own attention and MLP need to be built for this layer; None where it has neither."""
         block = self.block_configs[index]
         attention = ffn = None
         base = {
             k: v for k, v in self.to_dict().items() if k not in ("block_configs", "model_type", "auto_map")
         }
-        if not block.attention.no_op:
+        if not (block.attention.no_op or block.attention.replace_with_linear):
             heads = self.num_attention_heads // block.attention.n_heads_in_group
             attention = LlamaConfig(**{**base, "num_key_value_heads": heads})
             attention._attn_implementation = self._attn_implementation
-        if not block.ffn.no_op:
+        if not (block.ffn.no_op or block.ffn.replace_with_linear):
             width = -(-int(2 * block.ffn.ffn_mult * self.hidden_size / 3) // 256) * 256
             ffn = LlamaConfig(**{**base, "intermediate_size": width})
         return attention, ffn

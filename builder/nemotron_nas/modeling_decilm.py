@@ -17,6 +17,28 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_decilm import DeciLMConfig
 
 
+class DeciLMLinearAttention(nn.Module):
+    """A matrix in the place of an attention; it keeps no K and V."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor]:
+        return (self.linear_attn(hidden_states),)
+
+
+class DeciLMLinearMLP(nn.Module):
+    """A matrix in the place of an FFN."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_mlp(hidden_states)
+
+
 class DeciLMLayer(nn.Module):
     """Either half may be absent. `attention_index` counts attention layers: it is the cache's index."""
 
@@ -24,12 +46,17 @@ class DeciLMLayer(nn.Module):
         super().__init__()
         attention, ffn = config.layer_config(index, attention_index)
         self.self_attn = self.mlp = None
-        if attention is not None:
-            self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.self_attn = LlamaAttention(attention, attention_index)
-        if ffn is not None:
-            self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.mlp = LlamaMLP(ffn)
+        block, hidden = config.block_configs[index], config.hidden_size
+        if not block.attention.no_op:
+            self.input_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+            self.self_attn = (
+                DeciLMLinearAttention(hidden)
+                if attention is None
+                else LlamaAttention(attention, attention_index)
+            )
+        if not block.ffn.no_op:
+            self.post_attention_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+            self.mlp = DeciLMLinearMLP(hidden) if ffn is None else LlamaMLP(ffn)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.self_attn is not None:
@@ -54,7 +81,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         attention_index, layers = 0, []
         for index, block in enumerate(config.block_configs):
             layers.append(DeciLMLayer(config, index, attention_index))
-            attention_index += not block.attention.no_op
+            attention_index += not (block.attention.no_op or block.attention.replace_with_linear)
         self.layers = nn.ModuleList(layers)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)

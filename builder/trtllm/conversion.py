@@ -77,6 +77,7 @@ def prepare(
             f"dtype: {dtype!r} is no TensorRT-LLM weight dtype; choose --dtype {' or '.join(layout.DTYPES)}"
         )
     layout.kind_of(checkpoint.architecture)
+    layout.rotary_scaling(checkpoint.architecture.rope)
     whole = pad_widths(checkpoint.cast(dtype), tp_size)
     check_stages(whole.architecture, pp_size)
     check_elements(whole.architecture, tp_size, fused_mlp)

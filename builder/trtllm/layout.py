@@ -8,9 +8,11 @@ the place of an attention or FFN is called as the part it replaces.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
-from builder.architecture import Architecture, Layer, Linear
+from builder.architecture import Architecture, Layer, Linear, Rope, yarn_magnitude
 from builder.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -100,7 +102,7 @@ def config(
         "norm_epsilon": a.norm_eps,
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": a.rope.theta,
-        "rotary_scaling": a.rope.to_mapping(),
+        "rotary_scaling": rotary_scaling(a.rope),
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": tp_size * pp_size, "tp_size": tp_size, "pp_size": pp_size},
@@ -112,6 +114,45 @@ def config(
         values |= {"qwen_type": "qwen2", "attn_bias": True, "mlp_bias": False}
         values |= {"seq_length": a.max_position_embeddings, "tie_word_embeddings": False}
     return values
+
+
+def rotary_scaling(rope: Rope) -> dict[str, Any] | None:
+    """`rotary_scaling`: Hugging Face's, but that yarn's magnitude is told by `mscale` alone.
+
+    TensorRT-LLM reads no attention_factor, rounds yarn's range, and multiplies by
+    (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1). Raises UserError for a yarn
+    that this cannot say.
+    """
+    values = rope.to_mapping()
+    if values is None or rope.kind != "yarn":
+        return values
+    if values.get("truncate") is False:
+        raise UserError("rope_scaling.truncate: false is not known to TensorRT-LLM, which rounds the range")
+    factor, magnitude = values["factor"], rope.magnitude
+    if factor <= 1 and magnitude != 1:
+        raise UserError(f"rope_scaling.attention_factor: {magnitude} cannot be said at factor {factor}")
+    mscale = (magnitude - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": values["original_max_position_embeddings"],
+        "beta_fast": values.get("beta_fast", 32.0),
+        "beta_slow": values.get("beta_slow", 1.0),
+        "mscale": mscale,
+        "mscale_all_dim": 0.0,
+    }
+
+
+def read_rope(theta: float, scaling: dict[str, Any] | None) -> Rope:
+    """The Rope that `rotary_base` and `rotary_scaling` describe. Raises UserError."""
+    rope = Rope.from_mapping(theta, scaling)
+    numbers = dict(rope.scaling)
+    if rope.kind != "yarn" or numbers.get("mscale_all_dim"):
+        return rope
+    mscale = numbers.pop("mscale", 1.0)
+    numbers.pop("mscale_all_dim", None)
+    numbers["attention_factor"] = yarn_magnitude(numbers["factor"], mscale)
+    return replace(rope, scaling=tuple(numbers.items()))
 
 
 def _layer_config(layer: Layer) -> dict[str, Any]:

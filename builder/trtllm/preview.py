@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass
+from itertools import groupby
 from typing import Any
 
 from builder.architecture import Architecture
@@ -57,15 +59,17 @@ class Preview:
         return min(self.layers, key=lambda x: x.headroom)
 
     def describe(self) -> str:
-        """The preview as a text."""
-        mapping = f"TP {self.tp_size}, PP {self.pp_size}, {self.dtype}"
-        lines = [f"{self.architecture} for {mapping}", ""]
-        lines += [f"rank {rank:3}  {size:17,} bytes" for rank, size in enumerate(self.rank_bytes)]
+        """The preview as a text; ranks and neighbouring layers that are alike share a line."""
+        lines = [f"{self.architecture} for TP {self.tp_size}, PP {self.pp_size}, {self.dtype}", ""]
         lines += [
-            "",
-            "layer  input layers  KV heads    width  padding   a rank  largest weight  of TensorRT's limit",
+            f"rank {_span(ranks):8} {size:17,} bytes"
+            for size, ranks in _alike(range(len(self.rank_bytes)), self.rank_bytes.__getitem__)
         ]
-        lines += [_layer_line(index, layer) for index, layer in enumerate(self.layers)]
+        lines += ["", _HEADER]
+        lines += [
+            _layer_line([self.layers[i] for i in indices], indices)
+            for _, indices in _alike(range(len(self.layers)), lambda i: _figures(self.layers[i]))
+        ]
         rows = (
             ("layers", self.parent.layers, self.cost.layers),
             ("with attention", self.parent.attention_layers, self.cost.attention_layers),
@@ -149,10 +153,28 @@ def _cost(checkpoint: Checkpoint, tp_size: int, fp8: bool, fp8_kv_cache: bool) -
     )
 
 
-def _layer_line(index: int, layer: LayerPreview) -> str:
-    members = layer.members
-    origin = f"{members[0]}-{members[-1]}" if len(members) > 1 else f"{members[0]}"
+_HEADER = "layer    of the input  KV heads    width  padding   a rank  largest weight  of TensorRT's limit"
+
+
+def _alike(items: Iterable[int], key: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:
+    """Neighbours with the same key, together."""
+    return [(value, list(group)) for value, group in groupby(items, key)]
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def _figures(layer: LayerPreview) -> tuple[object, ...]:
+    # A fused layer has a line of its own.
+    return (astuple(layer)[1:], layer.members if len(layer.members) > 1 else ())
+
+
+def _layer_line(layers: list[LayerPreview], indices: list[int]) -> str:
+    first = layers[0]
+    members = [member for layer in layers for member in layer.members]
     return (
-        f"{index:5}  {origin:>12}  {layer.num_key_value_heads or '-':>8}  {layer.width or '-':>7}  "
-        f"{layer.padding:>7}  {layer.rank_width or '-':>7}  {layer.elements:14,}  {1 / layer.headroom:19.1%}"
+        f"{_span(indices):7}  {_span(members):>12}  {first.num_key_value_heads or '-':>8}  "
+        f"{first.width or '-':>7}  {first.padding:>7}  {first.rank_width or '-':>7}  "
+        f"{first.elements:14,}  {1 / first.headroom:19.1%}"
     )

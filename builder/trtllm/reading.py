@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from builder.architecture import FFN, Architecture, Attention, Layer, Linear, Rope
+from builder.architecture import FFN, Architecture, Attention, Layer, Linear
 from builder.arithmetic import cast
 from builder.checkpoint import Checkpoint, tensor_shapes
 from builder.errors import UserError
@@ -16,7 +16,7 @@ from builder.storage import headers_digest, read_json
 from builder.surgery.sharding import stage_layers
 from builder.tensorfile import read_header
 from builder.tensors import FP8, Expression, Slice
-from builder.trtllm.layout import DTYPES, KINDS, QWEN, on_stage, trtllm_name
+from builder.trtllm.layout import DTYPES, KINDS, QWEN, on_stage, read_rope, trtllm_name
 
 MAX_RANKS = 10_000  # more is a broken file
 
@@ -189,7 +189,7 @@ def _read_architecture(values: dict[str, Any], *, bias: bool) -> Architecture:
         vocab_size=int(values["vocab_size"]),
         max_position_embeddings=int(values["max_position_embeddings"]),
         norm_eps=float(values["norm_epsilon"]),
-        rope=Rope.from_mapping(values["rotary_base"], values["rotary_scaling"]),
+        rope=read_rope(values["rotary_base"], values["rotary_scaling"]),
         tie_word_embeddings=False,
         layers=layers,
     )
