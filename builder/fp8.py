@@ -55,7 +55,7 @@ class Dequantize(Same):
 def absolute_maximum(x: Expression) -> float:
     """The largest magnitude in `x`; nan where a number is."""
     largest = 0.0
-    for band in bands(x.shape[0], x.row_bytes):
+    for band in bands(x.rows, x.row_bytes):
         with scratch.borrow((band.stop - band.start, x.columns), x.dtype) as block:
             x.fill(block, band.start, 0)
             # The bits of a 16-bit float without its sign sort as its magnitude does.

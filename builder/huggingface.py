@@ -143,7 +143,15 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in sorted({str(value) for value in weight_map.values()}):
         if Path(name).name != name or name in (".", "..") or "\0" in name:
             raise UserError(f"{index}: weight_map names {name!r}, which lies outside the model directory")
-        if not (directory / name).is_file():
-            raise UserError(f"{directory / name}: shard is missing; copy the whole model directory")
+        if not _is_file(directory / name):
+            raise UserError(f"{directory}: shard {name!r} is missing; copy the whole model directory")
         files.append(directory / name)
     return files
+
+
+def _is_file(path: Path) -> bool:
+    """False as well for what no file system takes as a name."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

@@ -76,7 +76,11 @@ class Expression(ABC):
 
     def read_all(self) -> Array:
         """The whole tensor."""
-        return self.read(0, self.shape[0])
+        return self.read(0, self.rows).reshape(self.shape)
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
 
     @property
     def columns(self) -> int:
@@ -88,7 +92,7 @@ class Expression(ABC):
 
     @property
     def num_bytes(self) -> int:
-        return self.shape[0] * self.row_bytes
+        return self.rows * self.row_bytes
 
 
 def bands(rows: int, row_bytes: int, band_bytes: int = _BAND_BYTES) -> Iterator[slice]:

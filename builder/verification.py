@@ -138,7 +138,7 @@ def _header_digest(file: Path) -> str:
 
 def _check_tensor(x: Source, expected: str | None, progress: Progress | None) -> str | None:
     digest, finite = xxhash.xxh3_128(), True
-    for band in bands(x.shape[0], x.row_bytes, BLOCK_BYTES):
+    for band in bands(x.rows, x.row_bytes, BLOCK_BYTES):
         with scratch.borrow((band.stop - band.start, x.columns), x.dtype) as block:
             x.fill(block, band.start, 0)
             digest.update(block.reshape(-1).view(np.uint8).data)

@@ -118,7 +118,7 @@ def _blocks(group: list[_Target]) -> Iterator[tuple[int, list[Array]]]:
     first = min(t.first for t in group)
     width = max(t.first + t.x.columns for t in group) - first
     row_bytes = width * base.row_bytes // max(1, base.columns)
-    for band in bands(base.shape[0], row_bytes, BLOCK_BYTES):
+    for band in bands(base.rows, row_bytes, BLOCK_BYTES):
         rows = band.stop - band.start
         with scratch.borrow((rows, width), base.dtype) as block, ExitStack() as stack:
             base.fill(block, band.start, first)

@@ -119,3 +119,55 @@ def tiny_engine_tp2(tiny_checkpoint_tp2: Path, tmp_path_factory: pytest.TempPath
     output = tmp_path_factory.mktemp("engines") / "tp2"
     build(tiny_checkpoint_tp2, output, max_batch_size=4, max_input_len=96, max_seq_len=160)
     return output
+
+
+def random_checkpoint(architecture, *, seed: int = 0, dtype: str = "float32"):
+    """A Checkpoint of random numbers, norms around 1."""
+    import numpy as np
+
+    from builder.checkpoint import Checkpoint, tensor_shapes
+    from builder.tensors import NUMPY_DTYPES, Constant
+
+    rng = np.random.default_rng(seed)
+    arrays = {
+        name: rng.uniform(0.4, 1.6, shape) if "norm" in name else rng.standard_normal(shape) * 0.15
+        for name, shape in tensor_shapes(architecture).items()
+    }
+    return Checkpoint(
+        architecture=architecture,
+        tensors={n: Constant(a.astype(NUMPY_DTYPES[dtype]), dtype) for n, a in arrays.items()},
+        dtype=dtype,
+        digest="",
+    )
+
+
+def run_ranks(checkpoints: list, tokens, positions) -> list:
+    """Each rank's logits; ranks are threads that meet at a barrier for their collectives."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    from builder.decoder import load
+
+    size = len(checkpoints)
+    barrier, parts = threading.Barrier(size), [None] * size
+
+    def run(rank: int):
+        def collect(x):
+            parts[rank] = x
+            barrier.wait(timeout=30)
+            all_parts = list(parts)
+            barrier.wait(timeout=30)
+            return all_parts
+
+        with torch.no_grad():
+            decoder = load(
+                checkpoints[rank],
+                all_reduce=lambda x: torch.stack(collect(x)).sum(0),
+                all_gather=lambda x: torch.cat(collect(x), -1),
+            )
+            return decoder(tokens, positions)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))

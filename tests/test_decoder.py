@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fused, write_llama
+from conftest import fused, run_ranks, write_llama
 
 from builder import huggingface
 from builder.decoder import Decoder, load
@@ -21,6 +21,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_TUNED = {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.8, "mscale_all_dim": 0.4}
+YARN_PLAIN = {**YARN, "attention_factor": 1.25, "truncate": False}
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
 
 
@@ -35,10 +43,13 @@ def tokens_and_positions(batch: int = 2, length: int = 33) -> tuple[torch.Tensor
         {},
         {"rope_parameters": LLAMA3},
         {"rope_parameters": LINEAR},
+        {"rope_parameters": YARN},
+        {"rope_parameters": YARN_TUNED},
+        {"rope_parameters": YARN_PLAIN},
         {"tie_word_embeddings": True},
         {"head_dim": 24},
     ],
-    ids=["plain", "llama3", "linear", "tied", "head_dim"],
+    ids=["plain", "llama3", "linear", "yarn", "yarn tuned", "yarn plain", "tied", "head_dim"],
 )
 def test_logits_are_those_of_transformers(tmp_path: Path, overrides: dict) -> None:
     from transformers import AutoModelForCausalLM
@@ -71,28 +82,6 @@ def test_shards_sum_to_the_whole(tiny_hf: Path, tp_size: int) -> None:
     ranks = run_ranks([shard(whole, tp_size, r) for r in range(tp_size)], tokens, positions)
     actual = torch.cat(ranks, -1)[..., : whole.architecture.vocab_size]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def run_ranks(checkpoints: list, tokens: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
-    import threading
-    from concurrent.futures import ThreadPoolExecutor
-
-    size = len(checkpoints)
-    barrier, parts = threading.Barrier(size), [None] * size
-
-    def run(rank: int) -> torch.Tensor:
-        def all_reduce(x: torch.Tensor) -> torch.Tensor:
-            parts[rank] = x
-            barrier.wait(timeout=30)
-            total = torch.stack(parts).sum(0)
-            barrier.wait(timeout=30)
-            return total
-
-        with torch.no_grad():
-            return load(checkpoints[rank], all_reduce=all_reduce)(tokens, positions)
-
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, range(size)))
 
 
 def test_decoder_names_every_weight(tiny_hf: Path) -> None:

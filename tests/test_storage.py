@@ -79,7 +79,7 @@ def test_missing_shard(tiny_hf: Path, tmp_path: Path) -> None:
     model = copy(tiny_hf, tmp_path / "m")
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors: shard is missing"):
+    with pytest.raises(UserError, match=r"shard 'model-00001-of-00002\.safetensors' is missing"):
         huggingface.read(model)
 
 
