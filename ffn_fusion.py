@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 import click
@@ -47,7 +46,7 @@ def _terminate(number: int, frame: object) -> NoReturn:
 @click.group(
     cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
-@click.version_option(version("ffn-fusion"))
+@click.version_option(package_name="ffn-fusion")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Make a large language model faster: drop attention, fuse FFN runs, build engines, serve, compare.

@@ -1,10 +1,11 @@
-"""Convert throughput beside `cp` of the same files.
+"""Conversion beside `cp` of the same files and NVIDIA ModelOpt's export of the same model.
 
-    python -m benchmarks.convert [--gib 1.0] [--tp 4] [--runs 3] [--json]
+    python -m benchmarks.convert [--gb 2.4] [--large-gb 10] [--tp 4] [--runs 5] [--json]
 
-A Llama-shaped model of random bfloat16 weights is written once; then `cp`, `ffn-fusion convert` and
-`ffn-fusion convert` with every FFN fused take turns on it as whole processes, and each conversion is
-reported as its median time over `cp`'s.
+A Llama-shaped model of random bfloat16 weights is written once; then the commands take turns on it as
+whole processes, start-up included, and each is reported as its median time over `cp`'s median. The
+larger model shows that memory does not grow. ModelOpt (`pip install nvidia-modelopt`) is left out with
+--no-modelopt.
 """
 
 from __future__ import annotations
@@ -19,35 +20,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, VOCAB = 2048, 5632, 16, 4, 32000
 LAYER_PARAMETERS = HIDDEN * (2 * HIDDEN + 2 * HIDDEN * KV_HEADS // HEADS + 3 * WIDTH)
+TARGETS = {  # a figure of the result, and what it must not exceed
+    "convert_over_cp": 1.5,
+    "writing_over_cp": 1.0,
+    "fused_over_cp": 4.0,
+    "peak_mb": 400.0,
+    "convert_over_modelopt": 1 / 5,
+}
 
 
-def write_model(directory: Path, gib: float) -> int:
-    """A Llama directory of about `gib` GiB in bfloat16; returns its number of layers."""
-    from builder import huggingface
+def write_model(directory: Path, gigabytes: float) -> int:
+    """A Llama directory of about `gigabytes` in bfloat16; returns its number of layers."""
+    from builder import huggingface, writer
     from builder.checkpoint import tensor_shapes
-    from builder.storage import write_json, write_safetensors
-    from builder.tensors import Expression
+    from builder.storage import write_json
+    from builder.tensors import NUMPY_DTYPES, Constant
 
-    class Random(Expression):
-        dtype = "bfloat16"
-        block = np.random.default_rng(0).integers(0x3C00, 0x3D00, 1 << 22, dtype=np.uint16)
-
-        def __init__(self, shape: tuple[int, ...]) -> None:
-            self.shape = shape
-
-        def read(self, start: int, stop: int) -> np.ndarray:
-            return np.resize(self.block, (stop - start, *self.shape[1:]))
-
-    layers = max(4, round((gib * 2**30 / 2 - 2 * VOCAB * HIDDEN) / LAYER_PARAMETERS))
+    layers = max(4, round((gigabytes * 1e9 / 2 - 2 * VOCAB * HIDDEN) / LAYER_PARAMETERS))
     directory.mkdir()
     config = {
+        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "torch_dtype": "bfloat16",
         "hidden_size": HIDDEN,
         "intermediate_size": WIDTH,
         "num_attention_heads": HEADS,
@@ -59,78 +61,162 @@ def write_model(directory: Path, gib: float) -> int:
     }
     write_json(directory / "config.json", config)
     shapes = tensor_shapes(huggingface.read_architecture(directory))
-    tensors = {huggingface.hf_name(name): Random(shape) for name, shape in shapes.items()}
-    write_safetensors(directory / "model.safetensors", tensors)
+    most = max(int(np.prod(shape)) for shape in shapes.values())
+    numbers = np.random.default_rng(0).integers(0x3C00, 0x3D00, most, dtype=np.uint16)
+    numbers = numbers.view(NUMPY_DTYPES["bfloat16"])
+    tensors = {
+        huggingface.hf_name(name): Constant(numbers[: int(np.prod(shape))].reshape(shape), "bfloat16")
+        for name, shape in shapes.items()
+    }
+    writer.write(directory, {"model.safetensors": tensors})
     return layers
 
 
-def run(command: list[str], output: Path) -> tuple[float, float]:
-    """Wall seconds and peak MiB of a whole process; its output is removed."""
+def time_writing(model: Path, output: Path, tp_size: int) -> None:
+    """Print the seconds that the writer alone takes, after all imports and planning."""
+    from builder import huggingface, writer
+    from builder.trtllm.conversion import prepare, weights
+
+    files = weights(prepare(huggingface.read(model), tp_size, 1), tp_size, 1)
+    output.mkdir()
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[0]} failed with exit code {process.returncode}")
-    shutil.rmtree(output)
-    return seconds, usage.ru_maxrss / 1024
+    writer.write(output, files)
+    sys.stdout.write(f"{time.perf_counter() - start}\n")
 
 
-def measure(gib: float, tp_size: int, runs: int, scratch: Path) -> dict:
+def export_with_modelopt(model: Path, output: Path, tp_size: int) -> None:
+    """What a user of ModelOpt runs: load the model, export it."""
+    import torch
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        export_tensorrt_llm_checkpoint(
+            loaded, "llama", torch.bfloat16, export_dir=str(output), inference_tensor_parallel=tp_size
+        )
+
+
+@dataclass
+class Row:
+    """One command's runs."""
+
+    command: list[str]
+    seconds: list[float] = field(default_factory=list)
+    peak_mb: float = 0.0
+
+    def run(self, output: Path) -> None:
+        """Once, as a whole process; the seconds are what it prints where that is a number."""
+        start = time.perf_counter()
+        process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        elapsed = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(self.command)} failed with exit code {process.returncode}")
+        own = printed.strip()
+        self.seconds.append(float(own) if own.replace(".", "").isdigit() else elapsed)
+        self.peak_mb = max(self.peak_mb, usage.ru_maxrss * 1024 / 1e6)
+        shutil.rmtree(output)
+        os.sync()  # the next one starts with nothing left to write
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def commands(model: Path, output: Path, layers: int, tp_size: int, modelopt: bool) -> dict[str, Row]:
+    """The commands by name; all but the first layer's FFN are fused, folding every norm."""
+    tool = [str(Path(sys.executable).with_name("ffn-fusion")), "convert", str(model), "--tp", str(tp_size)]
+    last = layers - 1
+    fused = ["--drop-attention", f"1-{last}", "--group", f"1-{last}"]
+    own = [sys.executable, "-m", "benchmarks.convert"]
+    places = [str(model), str(output), str(tp_size)]
+    rows = {
+        "cp": Row(["cp", "-r", str(model), str(output)]),
+        "convert": Row([*tool, "-o", str(output)]),
+        "writing": Row([*own, "--writing", *places]),
+        "fused": Row([*tool, *fused, "-o", str(output)]),
+    }
+    if modelopt:
+        rows["modelopt"] = Row([*own, "--modelopt", *places])
+    return rows
+
+
+def measure(gigabytes: float, large: float, tp_size: int, runs: int, modelopt: bool, scratch: Path) -> dict:
+    """All figures of a run, as the JSON shows them."""
     model, output = scratch / "model", scratch / "output"
-    layers = write_model(model, gib)
-    tool = [str(Path(sys.executable).with_name("ffn-fusion")), "convert", str(model), "-o", str(output)]
-    free = f"1-{layers - 1}"
-    commands = {
-        "cp": ["cp", "-r", str(model), str(output)],
-        "convert": [*tool, "--tp", str(tp_size)],
-        "convert, all FFNs but two fused": [*tool, "--tp", str(tp_size), "--drop-attention", free],
-    }
-    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for _ in range(runs):
-        for name, command in commands.items():
-            timings[name].append(run(command, output))
+    rows = commands(model, output, write_model(model, gigabytes), tp_size, modelopt)
+    rows["cp"].run(output)  # warms the page cache
+    rows["cp"].seconds.clear()
+    for index in range(runs):
+        for name, row in rows.items():
+            if name != "modelopt" or index < 2:
+                row.run(output)
     size = sum(f.stat().st_size for f in model.iterdir())
-    base = statistics.median(t for t, _ in timings["cp"])
-    rows = {}
-    for name, pairs in timings.items():
-        seconds = statistics.median(t for t, _ in pairs)
-        rows[name] = {
-            "seconds": round(seconds, 3),
-            "over_cp": round(seconds / base, 2),
-            "gb_per_s": round(size / seconds / 1e9, 2),
-            "peak_mib": round(max(m for _, m in pairs)),
-        }
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    shutil.rmtree(model)
+    big = commands(model, output, write_model(model, large), tp_size, False)
+    for name in ("convert", "fused"):
+        big[name].run(output)
+    shutil.rmtree(model)
+    base = rows["cp"].median
+    figures = {f"{name}_over_cp": rows[name].median / base for name in rows if name != "cp"}
+    peaks = [table[name].peak_mb for table in (rows, big) for name in ("convert", "fused")]
+    figures["peak_mb"] = max(peaks)
+    if modelopt:
+        figures["convert_over_modelopt"] = rows["convert"].median / rows["modelopt"].median
     return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "numpy": version("numpy"),
         "model_bytes": size,
-        "layers": layers,
         "tp_size": tp_size,
-        "runs": runs,
-        "machine": machine,
-        "rows": rows,
+        "seconds": {name: [round(s, 3) for s in row.seconds] for name, row in rows.items()},
+        "peak_mb": {
+            **{name: round(row.peak_mb) for name, row in rows.items()},
+            **{f"{name}, {large:g} GB": round(big[name].peak_mb) for name in ("convert", "fused")},
+        },
+        "figures": {
+            name: {"value": round(value, 3), "target": TARGETS.get(name), "met": value <= TARGETS[name]}
+            for name, value in figures.items()
+            if name in TARGETS
+        },
     }
+
+
+def show(result: dict) -> str:
+    """The result as a text."""
+    lines = [f"{result['model_bytes'] / 1e9:.2f} GB of bfloat16, TP {result['tp_size']}, {result['machine']}"]
+    for name, seconds in result["seconds"].items():
+        middle = statistics.median(seconds)
+        lines.append(f"{name:10} {middle:7.2f} s  {result['peak_mb'][name]:6,} MB")
+    for name, figure in result["figures"].items():
+        verdict = "met" if figure["met"] else "missed"
+        lines.append(f"{name:22} {figure['value']:8.3f}  target {figure['target']:g}: {verdict}")
+    return "\n".join(lines)
 
 
 def main() -> None:
+    """The benchmark, or one of the commands it times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--gb", type=float, default=2.4)
+    parser.add_argument("--large-gb", type=float, default=10.0)
     parser.add_argument("--tp", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--no-modelopt", action="store_true")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--writing", nargs=3, metavar=("MODEL", "OUTPUT", "TP"), help=argparse.SUPPRESS)
+    parser.add_argument("--modelopt", nargs=3, metavar=("MODEL", "OUTPUT", "TP"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    for places, command in ((given.writing, time_writing), (given.modelopt, export_with_modelopt)):
+        if places:
+            return command(Path(places[0]), Path(places[1]), int(places[2]))
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", ".")) as scratch:
-        result = measure(arguments.gib, arguments.tp, arguments.runs, Path(scratch))
-    if arguments.json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-        return
-    sys.stdout.write(f"{result['model_bytes'] / 1e9:.2f} GB, TP {result['tp_size']}, {result['machine']}\n")
-    for name, row in result["rows"].items():
-        sys.stdout.write(
-            f"{name:34} {row['seconds']:7.2f} s  {row['over_cp']:5.2f} x cp  "
-            f"{row['gb_per_s']:5.2f} GB/s  {row['peak_mib']:5d} MiB\n"
-        )
+        arguments = (given.gb, given.large_gb, given.tp, given.runs, not given.no_modelopt, Path(scratch))
+        result = measure(*arguments)
+    sys.stdout.write((json.dumps(result, indent=2) if given.json else show(result)) + "\n")
+    return None
 
 
 if __name__ == "__main__":

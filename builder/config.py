@@ -131,6 +131,9 @@ class Config:
                     field, self.values[field], "is not supported; only models without it can be read"
                 )
         self._refuse_windows()
+        kind = self.values.get("position_embedding_type")
+        if kind not in (None, "rope", "rope_gpt_neox"):
+            raise self.fail("position_embedding_type", kind, "is not supported; only rope is")
         if self.values.get("hidden_act", "silu") != "silu":
             raise self.fail(
                 "hidden_act", self.values["hidden_act"], "is not supported; FFNs must be SwiGLU (silu)"
@@ -183,8 +186,9 @@ class Config:
         count = self.integer("num_hidden_layers")
         if count > MAX_LAYERS:
             raise self.fail("num_hidden_layers", count, f"is more than {MAX_LAYERS:,}")
-        if self.model_type == "nemotron-nas":
-            blocks = self.values.get("block_configs")
+        blocks = self.values.get("block_configs")
+        # Pruned models of other types carry a list of blocks as well.
+        if self.model_type == "nemotron-nas" or blocks is not None:
             if not isinstance(blocks, list) or len(blocks) != count:
                 raise self.fail("block_configs", type(blocks).__name__, f"is not a list of {count} blocks")
             return tuple(
@@ -203,6 +207,8 @@ class Config:
 
     def _part(self, field: str, block: object) -> tuple[dict[str, Any], Linear | None, bool]:
         """A block's attention or ffn: its fields, the matrix in its place, whether it is absent."""
+        if isinstance(block, dict) and block.get("parallel_blocks"):
+            raise self.fail(f"{field.rpartition('.')[0]}.parallel_blocks", "", "is not supported")
         part = block.get(field.rpartition(".")[2]) if isinstance(block, dict) else None
         if not isinstance(part, dict):
             raise self.fail(field, part, "is not an object")
@@ -230,7 +236,7 @@ class Config:
             if heads % group:
                 raise self.fail(f"{field}.n_heads_in_group", group, f"does not divide {heads} heads")
             kv = heads // group
-        return Attention(num_key_value_heads=kv)
+        return Attention(num_key_value_heads=kv, bias=self.model_type == "qwen2")
 
     def _ffn(self, field: str, block: object, hidden: int) -> FFN | Linear | None:
         part, linear, absent = self._part(field, block)

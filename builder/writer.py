@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ import xxhash
 
 from builder.errors import UserError
 from builder.tensorfile import Layout
-from builder.tensors import Array, Expression, Slice, bands, scratch
+from builder.tensors import Expression, Slice, bands, scratch
 
-BLOCK_BYTES = 4 << 20  # large enough for the file system, small enough for the caches
+BLOCK_BYTES = 8 << 20  # large enough for the file system, small enough for the caches
 Progress = Callable[[int], None]  # called with the bytes just written
 Digests = dict[str, dict[str, str]]  # file -> tensor -> hexadecimal XXH3-128
 
@@ -52,26 +52,33 @@ def write(
             handle = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             stack.callback(os.close, handle)
             _write_at(handle, layout.header, 0)
-            targets += [
-                _Target(name, tensor, x, handle, layout.offsets[tensor]) for tensor, x in tensors.items()
-            ]
+            file = _File(name, handle)
+            targets += [_Target(file, tensor, x, layout.offsets[tensor]) for tensor, x in tensors.items()]
         pool = stack.enter_context(ThreadPoolExecutor(threads or default_threads()))
         stack.callback(stop.set)  # before the pool waits for its threads
         jobs = [pool.submit(_write_group, group, stop, progress) for group in _groups(targets)]
         for job in as_completed(jobs):
             for target, digest in job.result():
-                digests[target.file][target.tensor] = digest
+                digests[target.file.name][target.tensor] = digest
     return {name: dict(sorted(tensors.items())) for name, tensors in digests.items()}
 
 
 @dataclass(frozen=True)
-class _Target:
-    """A tensor's place in an open file."""
+class _File:
+    """An open file. One thread writes to it at a time: the kernel would let the others spin."""
 
-    file: str
+    name: str
+    handle: int
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A tensor's place in a file."""
+
+    file: _File
     tensor: str
     x: Expression
-    handle: int
     offset: int
 
     @property
@@ -86,11 +93,18 @@ class _Target:
 
 
 def _groups(targets: list[_Target]) -> list[list[_Target]]:
-    """Targets with one base together; the largest group first, so that threads end together."""
+    """Targets with one base together.
+
+    The largest come first, so that threads end together; the same tensor of other files next to each
+    other, so that threads write to unlike files.
+    """
     groups: dict[int, list[_Target]] = {}
     for target in targets:
         groups.setdefault(id(target.base), []).append(target)
-    return sorted(groups.values(), key=lambda group: -sum(t.x.num_bytes for t in group))
+    return sorted(
+        groups.values(),
+        key=lambda group: (-sum(t.x.num_bytes for t in group), group[0].tensor, group[0].file.name),
+    )
 
 
 def _write_group(
@@ -101,19 +115,33 @@ def _write_group(
         for start, parts in _blocks(group):
             if stop.is_set():
                 break
-            for target, digest, part in zip(group, hashes, parts, strict=True):
-                data = part.reshape(-1).view(np.uint8).data
-                digest.update(data)
-                _write_at(target.handle, data, target.offset + start * target.x.row_bytes)
-                if progress:
-                    progress(len(data))
+            for digest, part in zip(hashes, parts, strict=True):
+                digest.update(part)
+            _write_parts(start, list(zip(group, parts, strict=True)))
+            if progress:
+                progress(sum(map(len, parts)))
     except UserError as error:
         raise UserError(f"tensor {group[0].tensor!r}: {error}") from None
     return [(target, digest.hexdigest()) for target, digest in zip(group, hashes, strict=True)]
 
 
-def _blocks(group: list[_Target]) -> Iterator[tuple[int, list[Array]]]:
-    """Row by row: the first row of a block and each target's C-contiguous part of it."""
+def _write_parts(start: int, pending: list[tuple[_Target, memoryview]]) -> None:
+    """Write each target's rows from `start` on; those whose file is free come first."""
+    while pending:
+        free = (i for i, (target, _) in enumerate(pending) if target.file.busy.acquire(blocking=False))
+        index = next(free, None)
+        if index is None:
+            index = 0
+            pending[0][0].file.busy.acquire()
+        target, data = pending.pop(index)
+        try:
+            _write_at(target.file.handle, data, target.offset + start * target.x.row_bytes)
+        finally:
+            target.file.busy.release()
+
+
+def _blocks(group: list[_Target]) -> Iterator[tuple[int, list[memoryview]]]:
+    """Block by block: its first row, and the bytes of each target's part of it."""
     base = group[0].base
     first = min(t.first for t in group)
     width = max(t.first + t.x.columns for t in group) - first
@@ -129,7 +157,7 @@ def _blocks(group: list[_Target]) -> Iterator[tuple[int, list[Array]]]:
                     whole = stack.enter_context(scratch.borrow((rows, target.x.columns), base.dtype))
                     np.copyto(whole, part)
                     part = whole
-                parts.append(part)
+                parts.append(part.reshape(-1).view(np.uint8).data)
             yield band.start, parts
 
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from ffn_fusion import main
 
+FUSED_49B = Path(__file__).parent / "data" / "nemotron_super_49b_config.json"
 CONFIG_49B = {
     "model_type": "llama",
     "hidden_size": 8192,
@@ -177,3 +178,64 @@ def test_doctor_names_every_path() -> None:
     assert checks["convert, fuse"]["ready"]
     assert not checks["TensorRT-LLM engine"]["ready"]
     assert "needs TensorRT-LLM" in checks["TensorRT-LLM engine"]["detail"]
+
+
+def test_dry_run_needs_a_config_only(tmp_path: Path) -> None:
+    """The real 49B's config at TP 8; the figures are counted by hand."""
+    command = ("convert", FUSED_49B, "--group", "42-50", "--group", "53-69", "--tp", 8, "--dry-run")
+    result = run(*command, "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["architecture"] == "DeciLMForCausalLM"
+    assert (values["parent"]["layers"], values["cost"]["layers"]) == (80, 80 - 8 - 16)
+    # 49 attentions and 80 FFNs; 8 and 16 FFNs go into their groups
+    assert values["parent"]["all_reduces_per_token"] == 49 + 80
+    assert values["cost"]["all_reduces_per_token"] == 49 + 80 - 8 - 16
+    assert values["cost"]["kv_bytes_per_token"] == 49 * 2 * 8 * 128 * 2
+    # norms of 24 members are folded away, all else stays
+    assert values["parent"]["parameters"] - values["cost"]["parameters"] == 24 * 8192
+    group = next(x for x in values["layers"] if x["members"] == list(range(42, 51)))
+    assert (group["width"], group["rank_width"], group["padding"]) == (107520, 107520 // 8, 0)
+    assert group["elements"] == 2 * 107520 // 8 * 8192
+    assert group["headroom"] == pytest.approx((2**31 - 1) / group["elements"])
+    assert len(set(values["rank_bytes"])) == 1
+    text = run(*command).stdout
+    assert "rank 0-7" in text
+    assert "53-69" in text
+    assert "10.3%" in text
+
+
+def test_dry_run_and_conversion_agree(tiny_hf: Path, tmp_path: Path) -> None:
+    command = ("convert", tiny_hf, "--drop-attention", "2-5", "--tp", 2, "--pp", 2, "--dtype", "bfloat16")
+    told = json.loads(run(*command, "--group", "2-3", "--no-fuse", "--dry-run", "--json").stdout or "{}")
+    assert told == {}  # contradicting options are wrong use
+    told = json.loads(run(*command, "--pp", 1, "--dry-run", "--json").stdout)
+    assert run(*command, "--pp", 1, "-o", tmp_path / "c").exit_code == 0
+    sizes = [(tmp_path / "c" / f"rank{r}.safetensors").stat().st_size for r in range(2)]
+    assert told["rank_bytes"] == sizes
+
+
+def test_dry_run_of_what_would_fail(tmp_path: Path) -> None:
+    result = run("convert", FUSED_49B, "--group", "53-69", "--tp", 7, "--dry-run")
+    assert_fails(result, 1, "tp_size: 7 does not divide num_attention_heads 64")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(CONFIG_49B))
+    result = run("convert", file, "--drop-attention", "10-40", "--tp", 1, "--dry-run")
+    assert_fails(result, 1, "layer 10: the joined gate and up weight", "fuse groups of 4", "raise --tp to 8")
+    assert_fails(run("convert", file, "--tp", 1, "-o", tmp_path / "c"), 1, "no such model directory")
+    assert_fails(run("convert", file, "--tp", 1), 2, "Missing option '-o'")
+
+
+def test_convert_takes_every_change(tiny_hf: Path, tmp_path: Path) -> None:
+    changes = ("--drop-attention", "2-5", "--drop-ffn", "1", "--kv-heads", "0=1")
+    result = run("convert", tiny_hf, *changes, "-o", tmp_path / "c", "--json")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    shapes = [
+        (x["attention"]["num_key_value_heads"], x["ffn"]["intermediate_size"])
+        for x in config["layer_configs"]
+    ]
+    assert shapes == [(1, 96), (2, None), (None, 288), (None, 96)]
+    assert_fails(
+        run("convert", tiny_hf, "--kv-heads", "0", "-o", tmp_path / "d"), 1, "'0' is not LAYERS=HEADS"
+    )

@@ -266,6 +266,12 @@ def test_newer_spelling_of_blocks(nas: Path) -> None:
     before = huggingface.read_architecture(nas)
     edit(nas, block_configs=blocks)
     assert huggingface.read_architecture(nas) == before
+    edit(nas, model_type="llama")  # pruned models may keep their type
+    assert huggingface.read_architecture(nas) == before
+    blocks[3]["parallel_blocks"] = [{}]
+    edit(nas, block_configs=blocks)
+    with pytest.raises(UserError, match=r"block_configs\[3\]\.parallel_blocks"):
+        huggingface.read_architecture(nas)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

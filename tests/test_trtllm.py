@@ -170,10 +170,29 @@ def test_impossible_mappings_leave_nothing(
 def test_weights_too_large_for_tensorrt_are_refused(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The fused layer of three FFNs, 288 wide: gate and up together have 36,864 elements."""
+    child = fused(tiny_hf)
     monkeypatch.setattr(conversion, "MAX_ELEMENTS", 2 * 288 * 64 - 1)
-    trtllm.convert(fused(tiny_hf), tmp_path / "two", tp_size=2)
-    with pytest.raises(UserError, match=r"layer 2: the joined gate and up weight has 36,864 elements"):
-        trtllm.convert(fused(tiny_hf), tmp_path / "one")
+    trtllm.convert(child, tmp_path / "two", tp_size=2)
+    with pytest.raises(UserError, match="layer 2: the joined gate and up weight has 36,864") as caught:
+        trtllm.convert(child, tmp_path / "one")
+    assert str(caught.value).endswith(
+        "TensorRT takes 36,863; fuse groups of 2 such FFNs at most (width 287), raise --tp to 2, "
+        "or give --no-fused-mlp and build with use_fused_mlp disabled"
+    )
+    assert not (tmp_path / "one").exists()
+    trtllm.convert(child, tmp_path / "unjoined", fused_mlp=False)
+    monkeypatch.setattr(conversion, "MAX_ELEMENTS", 288 * 64 - 1)
+    with pytest.raises(UserError, match=r"largest weight has .*; fuse groups of 2 .*, raise --tp to 2$"):
+        trtllm.convert(child, tmp_path / "one", fused_mlp=False)
+
+
+def test_embedding_too_large_for_tensorrt(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "MAX_ELEMENTS", 320 * 64 - 1)
+    with pytest.raises(UserError, match="vocab_size: the embedding has 20,480 elements"):
+        trtllm.convert(huggingface.read(tiny_hf), tmp_path / "c")
 
 
 def test_fusing_on_the_way_equals_fusing_first(tiny_hf: Path, tmp_path: Path) -> None:
