@@ -14,6 +14,7 @@ from builder.decoder import (
     Block,
     Context,
     FeedForward,
+    KVCache,
     SelfAttention,
     alone,
     rope_frequencies,
@@ -59,13 +60,13 @@ def calibrate(
     hidden = to_tensor(checkpoint.tensors["embedding.weight"])[windows]
     positions = torch.arange(windows.shape[1])[None]
     frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
-    context = Context(positions, frequencies, None, None, dtype, architecture.rope.magnitude)
+    context = _RecordingContext(positions, frequencies, None, None, dtype, architecture.rope.magnitude)
     largest: dict[str, float] = {}
     for index in range(len(architecture.layers)):
         block = _load(checkpoint, index)
-        record = _Recorder(block, f"layers.{index}")
+        record = context.record = _Recorder(block, f"layers.{index}")
         for part in hidden.split(batch):
-            part.copy_(block(part, context, None))
+            part.copy_(block(part, context, []))
         largest |= record.largest
         if progress:
             progress(1)
@@ -96,16 +97,21 @@ class _Recorder:
             owner = getattr(block, half)
             if isinstance(owner, SelfAttention | FeedForward):
                 owner.get_submodule(module).register_forward_pre_hook(self._input(name))
-        if isinstance(block.attention, SelfAttention):
-            rows = block.attention.num_heads * block.attention.head_dim
-            block.attention.qkv.register_forward_hook(self._kv(rows))
 
-    def _see(self, name: str, x: Tensor) -> None:
+    def see(self, name: str, x: Tensor) -> None:
         key = f"{self.prefix}.{name}"
         self.largest[key] = max(float(x.abs().max()), self.largest.get(key, 0.0))
 
     def _input(self, name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        return lambda module, inputs: self._see(name, inputs[0])
+        return lambda module, inputs: self.see(name, inputs[0])
 
-    def _kv(self, query_rows: int) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        return lambda module, inputs, output: self._see(KV, output[..., query_rows:])
+
+class _RecordingContext(Context):
+    """Sees K and V as a cache would get them, K after its rotation, and keeps none."""
+
+    record: _Recorder
+
+    def update(self, cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.record.see(KV, k)
+        self.record.see(KV, v)
+        return k, v

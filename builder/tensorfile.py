@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import UserError
-from builder.tensors import FP8, NUMPY_DTYPES, Expression, Source
+from builder.tensors import FP8, NUMPY_DTYPES, Expression, Handle, Source
 
 SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -46,7 +46,8 @@ def read_header(file: Path) -> dict[str, Source]:
     if not isinstance(header, dict):
         raise UserError(f"{file}: header is not a JSON object; copy the file again")
     header.pop("__metadata__", None)
-    sources = {name: _source(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    handle = Handle(file)
+    sources = {name: _source(handle, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_layout(file, sources.values(), 8 + length, size)
     return sources
 
@@ -64,7 +65,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _source(file: Path, name: str, entry: Any, start: int, size: int) -> Source:
+def _source(handle: Handle, name: str, entry: Any, start: int, size: int) -> Source:
+    file = handle.file
     try:
         shape = tuple(entry["shape"])
         first, last = entry["data_offsets"]
@@ -85,7 +87,7 @@ def _source(file: Path, name: str, entry: Any, start: int, size: int) -> Source:
         )
     if start + last > size:
         raise UserError(f"{file}: truncated inside tensor {name!r}; copy the file again")
-    return Source(file, name, start + first, shape, dtype)
+    return Source(handle, name, start + first, shape, dtype)
 
 
 def _check_layout(file: Path, sources: Iterable[Source], start: int, size: int) -> None:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -102,35 +103,50 @@ def bands(rows: int, row_bytes: int, band_bytes: int = _BAND_BYTES) -> Iterator[
         yield slice(start, min(start + step, rows))
 
 
+class Handle:
+    """A file opened for reading when it is first needed, closed with its last tensor."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    @cached_property
+    def number(self) -> int:
+        """The file descriptor."""
+        return os.open(self.file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if "number" in self.__dict__:
+            os.close(self.number)
+
+
 @dataclass(frozen=True)
 class Source(Expression):
     """A tensor stored in a file, row-major, from byte `offset` on."""
 
-    file: Path
+    handle: Handle
     name: str
     offset: int
     shape: tuple[int, ...]
     dtype: str
 
-    def fill(self, out: Array, row: int, column: int) -> None:
-        whole_rows = out.shape[1] == self.columns
-        handle = os.open(self.file, os.O_RDONLY)
-        try:
-            if whole_rows and out.flags.c_contiguous:
-                self._read(handle, out, row)
-                return
-            for band in bands(out.shape[0], self.row_bytes):
-                with scratch.borrow((band.stop - band.start, self.columns), self.dtype) as rows:
-                    self._read(handle, rows, row + band.start)
-                    out[band] = rows[:, column : column + out.shape[1]]
-        finally:
-            os.close(handle)
+    @property
+    def file(self) -> Path:
+        return self.handle.file
 
-    def _read(self, handle: int, out: Array, row: int) -> None:
+    def fill(self, out: Array, row: int, column: int) -> None:
+        if out.shape[1] == self.columns and out.flags.c_contiguous:
+            self._read(out, row)
+            return
+        for band in bands(out.shape[0], self.row_bytes):
+            with scratch.borrow((band.stop - band.start, self.columns), self.dtype) as rows:
+                self._read(rows, row + band.start)
+                out[band] = rows[:, column : column + out.shape[1]]
+
+    def _read(self, out: Array, row: int) -> None:
         view = out.reshape(-1).view(np.uint8).data
         position = self.offset + row * self.row_bytes
         while view:
-            count = os.preadv(handle, [view], position)
+            count = os.preadv(self.handle.number, [view], position)
             if count == 0:
                 raise UserError(f"{self.file}: ends inside tensor {self.name!r}; copy the file again")
             view, position = view[count:], position + count

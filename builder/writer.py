@@ -115,9 +115,9 @@ def _write_group(
         for start, parts in _blocks(group):
             if stop.is_set():
                 break
+            _write_parts(start, list(zip(group, parts, strict=True)))
             for digest, part in zip(hashes, parts, strict=True):
                 digest.update(part)
-            _write_parts(start, list(zip(group, parts, strict=True)))
             if progress:
                 progress(sum(map(len, parts)))
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT, fused, write_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from builder import calibration, huggingface, quantization, trtllm
 from builder.errors import UserError
@@ -39,9 +40,19 @@ def convert_fp8(
 
 
 @pytest.fixture(scope="module")
-def modelopt_export(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def loud_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """K and V beyond 448 in the first layers, where a KV scale is more than 1."""
+    loud = tmp_path_factory.mktemp("loud") / "m"
+    shutil.copytree(model, loud)
+    tensors = load_file(loud / "model.safetensors")
+    for layer, name, gain in ((0, "k", 3000.0), (1, "v", 3000.0), (2, "k", 2000.0), (2, "v", 3000.0)):
+        tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"] *= gain
+    save_file(tensors, loud / "model.safetensors", metadata={"format": "pt"})
+    return loud
+
+
+def modelopt_export(model: Path, output: Path) -> Path:
     """The same model and calibration data through NVIDIA ModelOpt."""
-    output = tmp_path_factory.mktemp("modelopt") / "out"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import modelopt.torch.quantization as mtq
@@ -60,9 +71,11 @@ def modelopt_export(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return output
 
 
-def test_scales_and_weights_are_modelopts(model: Path, modelopt_export: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loud", [False, True], ids=["quiet", "loud"])
+def test_scales_and_weights_are_modelopts(model: Path, loud_model: Path, tmp_path: Path, loud: bool) -> None:
     """Scales within 1%; at equal scales the e4m3 bytes are equal."""
-    theirs = load_file(modelopt_export / "rank0.safetensors")
+    model = loud_model if loud else model
+    theirs = load_file(modelopt_export(model, tmp_path / "theirs") / "rank0.safetensors")
     ours = load_file(convert_fp8(huggingface.read(model), tmp_path / "c") / "rank0.safetensors")
     assert theirs.keys() - ours.keys() == {
         f"transformer.layers.{i}.attention.{x}_cache_scaling_factor" for i in range(6) for x in "kv"
@@ -70,6 +83,8 @@ def test_scales_and_weights_are_modelopts(model: Path, modelopt_export: Path, tm
     assert ours.keys() <= theirs.keys()
     scales = [name for name in ours if name.endswith("scaling_factor")]
     assert len(scales) == 6 * (5 * 2 + 1)
+    kv = [float(ours[f"transformer.layers.{i}.attention.kv_cache_scaling_factor"]) for i in range(6)]
+    assert [x > 1 for x in kv] == [loud] * 3 + [False] * 3
     for name in scales:
         assert (ours[name].dtype, ours[name].shape) == (torch.float32, (1,))
         torch.testing.assert_close(ours[name], theirs[name], rtol=0.01, atol=0)
@@ -78,9 +93,7 @@ def test_scales_and_weights_are_modelopts(model: Path, modelopt_export: Path, tm
         same_scale = f"{name.removesuffix('.weight')}.weights_scaling_factor"
         if same_scale not in ours or torch.equal(ours[same_scale], theirs[same_scale]):
             assert torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)), name
-    config, reference = (
-        json.loads((d / "config.json").read_text()) for d in (tmp_path / "c", modelopt_export)
-    )
+    config, reference = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("c", "theirs"))
     assert config["quantization"] == reference["quantization"]
 
 
