@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from builder.architecture import FFN, Architecture, Attention, Layer, Linear, Rope
+from builder.architecture import FFN, Architecture, Attention, Layer, Linear
 from builder.errors import UserError
+from builder.rope import Rope
 from builder.storage import read_json
 
 SUPPORTED = ("llama", "mistral", "qwen2", "nemotron-nas")

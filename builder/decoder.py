@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from builder.architecture import FFN, Architecture, Attention, Linear, Rope
+from builder.architecture import FFN, Architecture, Attention, Linear
+from builder.rope import Rope
 
 if TYPE_CHECKING:
     from builder.checkpoint import Checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from builder.cli import DIRECTORY, JSON, emit
 from builder.errors import UserError
+from builder.options import DIRECTORY, JSON, emit
 
 
 @click.command("build-engine")

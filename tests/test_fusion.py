@@ -11,10 +11,11 @@ import torch
 from conftest import write_llama
 
 from builder import huggingface
-from builder.architecture import FFN, Architecture, Layer, Rope
+from builder.architecture import FFN, Architecture, Layer
 from builder.checkpoint import Checkpoint, tensor_shapes
 from builder.decoder import load
 from builder.errors import UserError
+from builder.rope import Rope
 from builder.surgery.attention import drop_attention
 from builder.surgery.ffn import pad_widths
 from builder.surgery.fusion import default_groups, fuse

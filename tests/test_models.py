@@ -12,10 +12,11 @@ from conftest import random_checkpoint, run_ranks, write_llama, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from builder import export, huggingface, trtllm
-from builder.architecture import FFN, Architecture, Attention, Layer, Linear, Rope
+from builder.architecture import FFN, Architecture, Attention, Layer, Linear
 from builder.decoder import load
 from builder.errors import UserError
 from builder.plan import Plan
+from builder.rope import Rope
 
 TOKENS = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(3))
 POSITIONS = torch.arange(24).expand(2, 24)

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from builder import export, huggingface, trtllm
-from builder.architecture import FFN, Architecture, Attention, Layer, Linear, Rope
+from builder.architecture import FFN, Architecture, Attention, Layer, Linear
 from builder.checkpoint import Checkpoint
 from builder.decoder import load
 from builder.errors import UserError
 from builder.plan import Plan
+from builder.rope import Rope
 from builder.surgery.ffn import pad_widths
 from builder.surgery.sharding import shard
 from builder.tensors import NUMPY_DTYPES

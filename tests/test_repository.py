@@ -78,7 +78,8 @@ def parse(text: str):
 @pytest.fixture
 def engine(tmp_path: Path) -> Path:
     """A manifest is all that the repository reads of an engine."""
-    from builder.architecture import FFN, Architecture, Attention, Layer, Rope
+    from builder.architecture import FFN, Architecture, Attention, Layer
+    from builder.rope import Rope
 
     layer = Layer(attention=Attention(num_key_value_heads=1), ffn=FFN(intermediate_size=8), members=(0,))
     architecture = Architecture(

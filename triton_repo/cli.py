@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from builder.cli import DIRECTORY, JSON, emit
 from builder.errors import UserError
+from builder.options import DIRECTORY, JSON, emit
 
 if TYPE_CHECKING:
     from triton_repo.client import Endpoint

@@ -12,8 +12,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from builder.architecture import Architecture, Layer, Linear, Rope, yarn_magnitude
+from builder.architecture import Architecture, Layer, Linear
 from builder.errors import UserError
+from builder.rope import Rope, yarn_magnitude
 
 DTYPES = ("float32", "bfloat16", "float16")
 DECILM, LLAMA, QWEN = "DeciLMForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"
