@@ -36,8 +36,10 @@ def read_windows(model: Path, files: list[Path], samples: int, length: int) -> T
     for file in files:
         try:
             texts.append(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     encoder = tokenizer.load(model)
     ids = [token for text in texts for token in encoder.encode(text, add_special_tokens=False).ids]
     return token_windows(ids, length - 1, samples)
