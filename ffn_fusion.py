@@ -11,7 +11,7 @@ import click
 import builder.cli
 import engines.cli
 import triton_repo.cli
-from builder.errors import UserError
+from builder.errors import UserError, describe
 
 
 def fail(message: str) -> NoReturn:
@@ -30,13 +30,6 @@ class OneLineErrors(click.Group):
             if ctx.params.get("debug"):
                 raise
             fail(describe(error))
-
-
-def describe(error: Exception) -> str:
-    """The line of an error; the system's own name their file and reason."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

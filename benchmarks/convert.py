@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,8 +22,9 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks import machine
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, VOCAB = 2048, 5632, 16, 4, 32000
 LAYER_PARAMETERS = HIDDEN * (2 * HIDDEN + 2 * HIDDEN * KV_HEADS // HEADS + 3 * WIDTH)
@@ -104,6 +104,7 @@ class Row:
     """One command's runs."""
 
     command: list[str]
+    tells_seconds: bool = False  # times a part of itself and prints that
     seconds: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
 
@@ -114,7 +115,7 @@ class Row:
         self.run(output)
 
     def run(self, output: Path) -> None:
-        """Once, as a whole process; the seconds are what it prints where that is a number."""
+        """Once, as a whole process."""
         start = time.perf_counter()
         process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None
@@ -124,8 +125,7 @@ class Row:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise SystemExit(f"{' '.join(self.command)} failed with exit code {process.returncode}")
-        own = printed.strip()
-        self.seconds.append(float(own) if own.replace(".", "").isdigit() else elapsed)
+        self.seconds.append(float(printed) if self.tells_seconds else elapsed)
         self.peak_mb = max(self.peak_mb, usage.ru_maxrss * 1024 / 1e6)
         shutil.rmtree(output)
         os.sync()  # the next one starts with nothing left to write
@@ -145,7 +145,7 @@ def commands(model: Path, output: Path, layers: int, tp_size: int, modelopt: boo
     rows = {
         "cp": Row(["cp", "-r", str(model), str(output)]),
         "convert": Row([*tool, "-o", str(output)]),
-        "writing": Row([*own, "--writing", *places]),
+        "writing": Row([*own, "--writing", *places], tells_seconds=True),
         "fused": Row([*tool, *fused, "-o", str(output)]),
     }
     if modelopt:
@@ -187,8 +187,7 @@ def measure(
     if modelopt:
         figures["convert_over_modelopt"] = rows["convert"].median / rows["modelopt"].median
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "numpy": version("numpy"),
+        "machine": machine.describe("numpy", *["nvidia-modelopt"][:modelopt]),
         "model_bytes": size,
         "tp_size": tp_size,
         "seconds": {name: [round(s, 3) for s in row.seconds] for name, row in rows.items()},
@@ -206,7 +205,8 @@ def measure(
 
 def show(result: dict) -> str:
     """The result as a text."""
-    lines = [f"{result['model_bytes'] / 1e9:.2f} GB of bfloat16, TP {result['tp_size']}, {result['machine']}"]
+    size, processor = result["model_bytes"] / 1e9, result["machine"]["processor"]
+    lines = [f"{size:.2f} GB of bfloat16, TP {result['tp_size']}, {processor}"]
     for name, seconds in result["seconds"].items():
         middle = statistics.median(seconds)
         lines.append(f"{name:10} {middle:7.2f} s  {result['peak_mb'][name]:6,} MB")

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
+from benchmarks import machine
 from builder import calibration, huggingface, quantization, tokenizer, trtllm
 from builder.checkpoint import Checkpoint
 from builder.evaluation import logits_of, quality, token_windows
@@ -53,8 +50,7 @@ def measure() -> dict:
     parent = huggingface.read(model)
     checkpoints = {"parent": parent, "fused": Plan(drop_attention=DROPPED).apply(parent)}
     rows = {n: perplexities(x, calibration_ids, ids) for n, x in checkpoints.items()}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    return {"machine": machine, "torch": torch.__version__, "windows": [COUNT, LENGTH], "perplexity": rows}
+    return {"machine": machine.describe("torch"), "windows": [COUNT, LENGTH], "perplexity": rows}
 
 
 def main() -> None:

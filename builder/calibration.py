@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from builder import tokenizer
+from builder.architecture import Architecture
 from builder.checkpoint import Checkpoint
 from builder.decoder import (
     Block,
@@ -23,14 +24,14 @@ from builder.decoder import (
 from builder.errors import UserError
 from builder.evaluation import token_windows
 from builder.quantization import INPUTS, KV
-
-Progress = Callable[[int], None]  # called with the layers just done
+from builder.tensors import Expression
+from builder.writer import Progress
 
 
 def read_windows(model: Path, files: list[Path], samples: int, length: int) -> Tensor:
     """`samples` windows of `length` tokens from text files, [samples, length].
 
-    Raises UserError where a file cannot be read or the text is too short for one window.
+    Raises UserError where a file cannot be read or the text is too short for them all.
     """
     texts = []
     for file in files:
@@ -42,7 +43,13 @@ def read_windows(model: Path, files: list[Path], samples: int, length: int) -> T
             raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     encoder = tokenizer.load(model)
     ids = [token for text in texts for token in encoder.encode(text, add_special_tokens=False).ids]
-    return token_windows(ids, length - 1, samples)
+    windows = token_windows(ids, length - 1, samples)
+    if len(windows) < samples:
+        raise UserError(
+            f"calib: {len(ids):,} tokens make {len(windows)} samples of {length}, {samples} were asked for; "
+            f"give more text or --calib-samples {len(windows)}"
+        )
+    return windows
 
 
 @torch.no_grad()
@@ -64,25 +71,25 @@ def calibrate(
     frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
     context = _RecordingContext(positions, frequencies, None, None, dtype, architecture.rope.magnitude)
     largest: dict[str, float] = {}
+    tensors = checkpoint.decoder_tensors()
     for index in range(len(architecture.layers)):
-        block = _load(checkpoint, index)
+        block = _load(architecture, index, tensors)
         record = context.record = _Recorder(block, f"layers.{index}")
         for part in hidden.split(batch):
             part.copy_(block(part, context, []))
         largest |= record.largest
         if progress:
-            progress(1)
+            progress(sum(x.num_bytes for x in checkpoint.layer(index).values()))
     for name, value in largest.items():
         if value != value or value == float("inf"):
             raise UserError(f"calib: the input of {name} reaches {value}; the model is not sound")
     return largest
 
 
-def _load(checkpoint: Checkpoint, index: int) -> Block:
+def _load(architecture: Architecture, index: int, tensors: Mapping[str, Expression]) -> Block:
     with torch.device("meta"):
-        block = Block(checkpoint.architecture, index, alone, alone)
+        block = Block(architecture, index, alone, alone)
     prefix = f"layers.{index}."
-    tensors = checkpoint.decoder_tensors()
     weights = {n.removeprefix(prefix): to_tensor(x) for n, x in tensors.items() if n.startswith(prefix)}
     block.load_state_dict(weights, strict=True, assign=True)
     return block.eval().requires_grad_(False)

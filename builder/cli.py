@@ -86,11 +86,9 @@ def fuse(model: Path, output: Path, threads: int | None, as_json: bool, **option
     from builder.team import Team
 
     team = Team.join()
-    plan = make_plan(**options)
+    plan = team.together(lambda: make_plan(**options))
     parent = team.together(lambda: huggingface.read(model))
-    child = team.together(lambda: plan.apply(parent))
-    if child.architecture == parent.architecture:
-        raise UserError("fuse: nothing to drop and no run to fuse; name layers with --drop-attention")
+    child = team.together(lambda: _changed(parent, plan))
     mapping = manifest.layer_mapping(child.architecture, len(parent.architecture.layers))
     facts = {"plan": plan.to_dict(), "layers": mapping}
     total = sum(x.num_bytes for x in child.tensors.values()) // team.size
@@ -103,6 +101,13 @@ def fuse(model: Path, output: Path, threads: int | None, as_json: bool, **option
         text = f"{output}: {len(parent.architecture.layers)} layers became {len(members)}"
         result = {"output": str(output), "layers": members, "parameters": written.num_parameters}
         emit(result, as_json, text)
+
+
+def _changed(parent: Checkpoint, plan: Plan) -> Checkpoint:
+    child = plan.apply(parent)
+    if child.architecture == parent.architecture:
+        raise UserError("fuse: nothing to drop and no run to fuse; name layers with --drop-attention")
+    return child
 
 
 @click.command()
@@ -133,18 +138,19 @@ def convert(
     from builder.team import Team
 
     _check_convert_options(output, dry_run, options)
-    plan = _asked_plan(options)
+    team = Team.join()
+    plan = team.together(lambda: _asked_plan(options))
     mapping = {name: options[name] for name in ("tp_size", "pp_size")}
     dtype = None if options["dtype"] == "auto" else options["dtype"]
     target = {**mapping, "dtype": dtype, "fused_mlp": not options["no_fused_mlp"]}
-    team = Team.join()
-    whole = huggingface.declared if dry_run and not model.is_dir() else huggingface.read
-    parent = team.together(lambda: whole(model))
+    bare = dry_run and not model.is_dir()
+    parent = team.together(lambda: huggingface.declared(model, dtype) if bare else huggingface.read(model))
     child = team.together(lambda: plan.apply(parent)) if plan else parent
     if dry_run:
         fp8: dict[str, Any] = {"fp8": bool(options["quant"]), "fp8_kv_cache": bool(options["kv_cache"])}
-        shown = trtllm.preview(child, parent, **target, **fp8)
-        emit(shown.to_dict(), as_json, shown.describe())
+        shown = team.together(lambda: trtllm.preview(child, parent, **target, **fp8))
+        if team.rank == 0:
+            emit(shown.to_dict(), as_json, shown.describe())
         return
     assert output is not None, "checked above"
     quantized = team.first(lambda: _quantized(model, child, target, options) if options["quant"] else None)
@@ -182,7 +188,11 @@ def _asked_plan(options: dict[str, Any]) -> Plan | None:
     names = ("plan_file", "drop_attention", "drop_ffn", "kv_heads", "groups", "no_fuse", "norm")
     given = {name: options[name] for name in names}
     changes = ("plan_file", "drop_attention", "drop_ffn", "kv_heads", "groups")
-    return make_plan(**given) if any(given[name] for name in changes) else None
+    if any(given[name] for name in changes):
+        return make_plan(**given)
+    if given["norm"]:
+        raise click.UsageError("--norm says how to fuse; name what to fuse, with --group or --drop-attention")
+    return None
 
 
 def _quantized(model: Path, child: Checkpoint, target: dict[str, Any], options: dict[str, Any]) -> Quantized:
@@ -195,9 +205,10 @@ def _quantized(model: Path, child: Checkpoint, target: dict[str, Any], options: 
 
     samples, length = options["calib_samples"], options["calib_length"]
     windows = calibration.read_windows(model, list(options["calib"]), samples, length)
-    with progress_bar("calibrating", len(prepared.architecture.layers)) as progress:
+    total = sum(x.num_bytes for x in prepared.tensors.values())
+    with progress_bar("calibrating", total) as progress:
         activations = calibration.calibrate(prepared, windows, progress=progress)
-    with progress_bar("measuring", sum(x.num_bytes for x in prepared.tensors.values())) as progress:
+    with progress_bar("measuring", total) as progress:
         kv_cache = bool(options["kv_cache"])
         return quantization.quantize(prepared, activations, kv_cache=kv_cache, progress=progress)
 

@@ -87,10 +87,10 @@ class Config:
         return bool(value)
 
     def dtype(self) -> str:
-        """`dtype`, or the older `torch_dtype`; bfloat16 where neither is given."""
-        value = self.values.get("dtype") or self.values.get("torch_dtype") or "bfloat16"
+        """`dtype`, or the older `torch_dtype`."""
+        value = self.values.get("dtype") or self.values.get("torch_dtype")
         if value not in DTYPES:
-            raise self.fail("torch_dtype", value, f"is not one of {', '.join(DTYPES)}")
+            raise self.fail("torch_dtype", value, f"is not one of {', '.join(DTYPES)}; give --dtype")
         return str(value)
 
     def _positive(self, field: str, value: object) -> int:
@@ -176,8 +176,8 @@ class Config:
             if holder.get("partial_rotary_factor") not in (None, 1, 1.0):
                 raise self.fail("partial_rotary_factor", holder["partial_rotary_factor"], "is not supported")
         theta = given.get("rope_theta", self.values.get("rope_theta", 10000.0))
-        if type(theta) not in (int, float) or not 0 < theta < 1e15:
-            raise self.fail("rope_theta", theta, "is not a positive number")
+        if type(theta) not in (int, float) or not 1 < theta < 1e15:
+            raise self.fail("rope_theta", theta, "is not a number above 1")
         if given.get("rope_type", given.get("type")) == "yarn":
             # Older files leave it to the model's own length.
             given.setdefault("original_max_position_embeddings", self.integer("max_position_embeddings"))

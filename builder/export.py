@@ -10,15 +10,14 @@ from builder import manifest, nemotron_nas
 from builder.architecture import Architecture, Layer, Linear
 from builder.checkpoint import Checkpoint
 from builder.config import FFN_MULTIPLE, ffn_mult
-from builder.errors import UserError
 from builder.huggingface import hf_name
+from builder.model_class import DECILM, LLAMA, QWEN, model_class
 from builder.storage import json_bytes, read_json
 from builder.surgery.ffn import pad_widths
 from builder.team import Team
 from builder.tensors import Expression
 from builder.writer import Progress
 
-DECILM, LLAMA, QWEN = "DeciLMForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"
 MODEL_TYPES = {DECILM: "nemotron-nas", LLAMA: "llama", QWEN: "qwen2"}
 
 SHARD_BYTES = 5_000_000_000
@@ -53,7 +52,8 @@ def write(
     `facts` go into the manifest. Raises UserError for what the format cannot say, and where the
     output exists or the disk is full; nothing is left behind then.
     """
-    kind = _kind(checkpoint.architecture)
+    team = team or Team()
+    kind = team.together(lambda: model_class(checkpoint.architecture))
     if kind == DECILM:
         checkpoint = pad_widths(checkpoint, FFN_MULTIPLE)
     shards = _shards({hf_name(name): x for name, x in checkpoint.tensors.items()})
@@ -77,17 +77,6 @@ def write(
         progress=progress,
     )
     return checkpoint.architecture
-
-
-def _kind(architecture: Architecture) -> str:
-    if architecture.uniform:
-        return QWEN if architecture.attention_bias else LLAMA
-    if architecture.attention_bias:
-        raise UserError(
-            "attention_bias: a model with unlike layers is written as nemotron-nas, which has no q/k/v "
-            "biases (qwen2 has them); change all its layers alike"
-        )
-    return DECILM
 
 
 def _index(names: list[str], shards: list[dict[str, Expression]]) -> dict[str, Any]:

@@ -79,14 +79,15 @@ def read(directory: Path) -> Checkpoint:
         raise UserError(f"{directory}: {error}") from None
 
 
-def declared(path: Path) -> Checkpoint:
+def declared(path: Path, dtype: str | None = None) -> Checkpoint:
     """The Checkpoint that a bare config.json describes: shapes and dtype, and no weights.
 
-    `path` may be the file or a directory that has it. Raises UserError by field.
+    `path` may be the file or a directory that has it; `dtype` goes before the file's. Raises
+    UserError by field, and where neither says a dtype.
     """
     architecture = read_architecture(path)
     file = path / "config.json" if path.is_dir() else path
-    dtype = Config(file).dtype()
+    dtype = dtype or Config(file).dtype()
     shapes = tensor_shapes(architecture)
     return Checkpoint(
         architecture=architecture,

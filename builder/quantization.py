@@ -55,7 +55,6 @@ class Quantized:
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with e4m3 weights."""
-
         count = len(checkpoint.architecture.layers)
         return rewrite(checkpoint, {i: self._smaller(i) for i in range(count)}, "quant")
 
@@ -104,9 +103,9 @@ def quantize(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Scales for `checkpoint`; its weights are read once, `activations` come from a calibration.
+    """Scales for `checkpoint`; its weights are read once, `activations` are those of `calibrate`.
 
-    Raises UserError for weights that are not finite and modules that were not calibrated.
+    Raises UserError for weights that are not finite.
     """
     check(checkpoint)
     shared = dict(_modules(checkpoint))
@@ -118,10 +117,8 @@ def quantize(
         weights |= dict.fromkeys(modules, _scale(max(largest[name] for name in group)))
     kv = None
     if kv_cache:
-        layers = enumerate(checkpoint.architecture.layers)
-        kept = [f"layers.{i}.attention" for i, x in layers if isinstance(x.attention, Attention)]
         # e4m3 is as precise at any magnitude above 2^-6, so a scale below 1 gains nothing.
-        kv = {name: max(1.0, _scale(activations[f"{name}.kv"])) for name in kept}
+        kv = {name: max(1.0, _scale(activations[f"{name}.kv"])) for name in _attentions(checkpoint)}
     return Quantized(
         weights=weights,
         activations={name: _scale(activations[_input(name)]) for name in weights},
@@ -136,6 +133,11 @@ def _modules(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], list[str
             if names[0] in part:
                 prefix = f"layers.{index}."
                 yield tuple(prefix + m for m in modules), [prefix + n for n in names]
+
+
+def _attentions(checkpoint: Checkpoint) -> list[str]:
+    layers = enumerate(checkpoint.architecture.layers)
+    return [f"layers.{i}.attention" for i, x in layers if isinstance(x.attention, Attention)]
 
 
 def _input(module: str) -> str:
@@ -162,7 +164,6 @@ def nominal(checkpoint: Checkpoint, *, kv_cache: bool = False) -> Quantized:
     """Scales of 1, where only shapes and bytes matter."""
     check(checkpoint)
     names = [module for modules, _ in _modules(checkpoint) for module in modules]
-    layers = enumerate(checkpoint.architecture.layers)
-    kept = [f"layers.{i}.attention" for i, x in layers if isinstance(x.attention, Attention)]
     ones = dict.fromkeys(names, 1.0)
-    return Quantized(weights=ones, activations=ones, kv=dict.fromkeys(kept, 1.0) if kv_cache else None)
+    kv = dict.fromkeys(_attentions(checkpoint), 1.0) if kv_cache else None
+    return Quantized(weights=ones, activations=ones, kv=kv)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import UserError
+from builder.tensorfile import MAX_HEADER
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -48,10 +49,9 @@ def headers_digest(config: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256(config.read_bytes())
     for file in sorted(files):
         with file.open("rb") as stream:
-            size = file.stat().st_size
             length = stream.read(8)
-            digest.update(f"{file.name} {size} ".encode() + length)
-            digest.update(stream.read(min(int.from_bytes(length, "little"), size)))
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + length)
+            digest.update(stream.read(min(int.from_bytes(length, "little"), MAX_HEADER)))
     return digest.hexdigest()
 
 

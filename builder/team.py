@@ -8,7 +8,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from builder.errors import UserError
+import click
+
+from builder.errors import UserError, describe
 
 T = TypeVar("T")
 # Set by Open MPI, by MPICH and Slurm's PMI, and by PMIx launchers such as `srun --mpi=pmix`.
@@ -43,7 +45,9 @@ class Team:
         try:
             result = work()
         except (UserError, OSError) as error:
-            message = str(error)
+            message = describe(error)
+        except click.UsageError:
+            raise  # the same on every process, before any of them waits
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()

@@ -24,7 +24,7 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": FP8,
 }
 _NAMES = {ours: theirs for theirs, ours in SAFETENSORS_DTYPES.items()}
-_MAX_HEADER = 100_000_000  # what the safetensors library accepts
+MAX_HEADER = 100_000_000  # what the safetensors library accepts
 _MAX_SIZE = 1 << 63
 
 
@@ -34,7 +34,7 @@ def read_header(file: Path) -> dict[str, Source]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
+            if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise UserError(f"{file}: truncated or not safetensors; copy the file again")
             header = json.loads(stream.read(length), object_pairs_hook=_unique)
     except FileNotFoundError:

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -108,15 +107,20 @@ class Handle:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._number: int | None = None
+        self._opening = threading.Lock()
 
-    @cached_property
+    @property
     def number(self) -> int:
         """The file descriptor."""
-        return os.open(self.file, os.O_RDONLY)
+        with self._opening:
+            if self._number is None:
+                self._number = os.open(self.file, os.O_RDONLY)
+            return self._number
 
     def __del__(self) -> None:
-        if "number" in self.__dict__:
-            os.close(self.number)
+        if self._number is not None:
+            os.close(self._number)
 
 
 @dataclass(frozen=True)

@@ -220,10 +220,24 @@ def test_dry_run_of_what_would_fail(tmp_path: Path) -> None:
     assert_fails(result, 1, "tp_size: 7 does not divide num_attention_heads 64")
     file = tmp_path / "config.json"
     file.write_text(json.dumps(CONFIG_49B))
-    result = run("convert", file, "--drop-attention", "10-40", "--tp", 1, "--dry-run")
+    wide = ("convert", file, "--drop-attention", "10-40", "--tp", 1, "--dry-run")
+    assert_fails(run(*wide), 1, "torch_dtype None is not one of", "give --dtype")
+    result = run(*wide, "--dtype", "bfloat16")
     assert_fails(result, 1, "layer 10: the joined gate and up weight", "fuse groups of 4", "raise --tp to 8")
     assert_fails(run("convert", file, "--tp", 1, "-o", tmp_path / "c"), 1, "no such model directory")
     assert_fails(run("convert", file, "--tp", 1), 2, "Missing option '-o'")
+
+
+def test_dry_run_counts_the_cache_in_its_dtype(tiny_hf: Path) -> None:
+    """6 layers, K and V of 2 heads with 16 numbers each."""
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        told = json.loads(run("convert", tiny_hf, "--dtype", dtype, "--dry-run", "--json").stdout)
+        assert told["cost"]["kv_bytes_per_token"] == 6 * 2 * 2 * 16 * size
+
+
+def test_norm_alone_says_nothing(tiny_hf: Path, tmp_path: Path) -> None:
+    result = run("convert", tiny_hf, "--norm", "last", "-o", tmp_path / "c")
+    assert_fails(result, 2, "name what to fuse")
 
 
 def test_convert_takes_every_change(tiny_hf: Path, tmp_path: Path) -> None:

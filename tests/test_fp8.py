@@ -193,6 +193,9 @@ def test_command(model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert trtllm.read(tmp_path / "c").kv_cache_quant_algo == "FP8"
     assert CliRunner().invoke(main, ["verify", str(tmp_path / "c")]).exit_code == 0
+    result = CliRunner().invoke(main, [*command, "--calib-samples", "999", "-o", str(tmp_path / "d")])
+    assert result.exit_code == 1
+    assert "samples of 32, 999 were asked for; give more text or --calib-samples" in result.stderr
     for wrong, message in (
         (["convert", str(model), "--quant", "fp8", "-o", "x"], "needs --calib"),
         (["convert", str(model), "--kv-cache", "fp8", "-o", "x"], "needs --quant fp8"),

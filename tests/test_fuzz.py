@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from builder import huggingface
+from builder import huggingface, trtllm
 from builder.errors import UserError
 from builder.tensorfile import read_header
 
@@ -41,6 +41,7 @@ def confined(directory: Path) -> Iterator[None]:
     _opened = []
     try:
         yield
+        assert _opened, "the hook saw nothing"
         outside = [
             f for f in _opened if Path(os.path.realpath(f)).parent != Path(os.path.realpath(directory))
         ]
@@ -97,6 +98,12 @@ def attempt(read: Callable[[], T]) -> T | None:
     assert len(message) < 2000
     message.encode()
     return result
+
+
+def told(config: Path) -> str:
+    """What a dry run would print."""
+    model = huggingface.declared(config, "bfloat16")
+    return trtllm.preview(model, model, tp_size=2).describe()
 
 
 def read_any(file: Path) -> None:
@@ -234,7 +241,7 @@ def test_config_of_any_values(tiny_hf: Path, tmp_path: Path, changes: dict) -> N
     (model / "config.json").write_text(json.dumps({**config, **changes}))
     with confined(model):
         attempt(lambda: huggingface.read(model))
-        attempt(lambda: huggingface.declared(model))
+        attempt(lambda: told(model))
 
 
 BLOCK = st.dictionaries(
@@ -253,7 +260,7 @@ def test_blocks_of_any_values(tiny_hf: Path, tmp_path: Path, blocks: list) -> No
     config = json.loads((tiny_hf / "config.json").read_text())
     changes = {"model_type": "nemotron-nas", "num_hidden_layers": len(blocks), "block_configs": blocks}
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-    attempt(lambda: huggingface.declared(tmp_path / "config.json"))
+    attempt(lambda: told(tmp_path / "config.json"))
 
 
 def test_reading_runs_no_code(tiny_hf: Path, tmp_path: Path) -> None:

@@ -70,6 +70,27 @@ def test_failure_is_told_once(tiny_hf: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "c").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tp", "3"], "tp_size: 3 does not divide"),
+        (["--drop-attention", "9"], "drop_attention: layer 9 does not exist"),
+        (["--kv-heads", "9"], "'9' is not LAYERS=HEADS"),
+        (["--tp", "3", "--dry-run"], "tp_size: 3 does not divide"),
+    ],
+)
+def test_wrong_input_is_told_once(tiny_hf: Path, tmp_path: Path, options: list, message: str) -> None:
+    result = mpirun(3, "convert", tiny_hf, *options, "-o", tmp_path / "c")
+    assert result.returncode == 1
+    assert result.stderr.count("error: ") == 1
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_once(tiny_hf: Path) -> None:
+    assert mpirun(3, "convert", tiny_hf, "--dry-run").stdout.count("KV bytes per token") == 1
+
+
 def test_failure_of_one_process_fails_all(tmp_path: Path) -> None:
     """Rank 1 cannot read its source; nothing is left, and rank 0 tells its reason."""
     code = (

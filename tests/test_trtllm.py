@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from builder import huggingface, trtllm
 from builder.decoder import load
 from builder.errors import UserError
+from builder.plan import Plan
 from builder.surgery.attention import drop_attention
 from builder.surgery.fusion import fuse
 from builder.trtllm import conversion
@@ -183,8 +184,20 @@ def test_weights_too_large_for_tensorrt_are_refused(
     assert not (tmp_path / "one").exists()
     trtllm.convert(child, tmp_path / "unjoined", fused_mlp=False)
     monkeypatch.setattr(conversion, "MAX_ELEMENTS", 288 * 64 - 1)
-    with pytest.raises(UserError, match=r"largest weight has .*; fuse groups of 2 .*, raise --tp to 2$"):
+    with pytest.raises(UserError, match=r"gate weight has .*; fuse groups of 2 .*, raise --tp to 2$"):
         trtllm.convert(child, tmp_path / "one", fused_mlp=False)
+
+
+def test_attention_too_large_for_tensorrt(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No FFN is left whose groups could be made smaller: q, k and v together are 128 x 64."""
+    child = Plan(drop_ffn=tuple(range(6))).apply(huggingface.read(tiny_hf))
+    monkeypatch.setattr(conversion, "MAX_ELEMENTS", 128 * 64 - 1)
+    with pytest.raises(
+        UserError, match=r"layer 0: the largest weight of the attention has 8,192 .*; raise --tp$"
+    ):
+        trtllm.convert(child, tmp_path / "c")
 
 
 def test_embedding_too_large_for_tensorrt(

@@ -11,6 +11,7 @@ from builder import manifest
 from builder.architecture import Architecture
 from builder.checkpoint import Checkpoint, layer_shapes
 from builder.errors import UserError
+from builder.model_class import model_class
 from builder.quantization import Quantized
 from builder.storage import json_bytes
 from builder.surgery.ffn import pad_widths
@@ -43,7 +44,8 @@ def convert(
     Raises UserError for a tp_size or pp_size that does not fit, a weight TensorRT refuses, a full
     disk, or an output that exists; nothing is left behind then.
     """
-    whole = prepare(checkpoint, tp_size, pp_size, dtype, fused_mlp)
+    team = team or Team()
+    whole = team.together(lambda: prepare(checkpoint, tp_size, pp_size, dtype, fused_mlp))
     values = layout.config(
         whole.architecture,
         whole.dtype,
@@ -76,7 +78,7 @@ def prepare(
         raise UserError(
             f"dtype: {dtype!r} is no TensorRT-LLM weight dtype; choose --dtype {' or '.join(layout.DTYPES)}"
         )
-    layout.kind_of(checkpoint.architecture)
+    model_class(checkpoint.architecture)
     layout.rotary_scaling(checkpoint.architecture.rope)
     whole = pad_widths(checkpoint.cast(dtype), tp_size)
     check_stages(whole.architecture, pp_size)
@@ -87,10 +89,13 @@ def prepare(
 def largest_weight(local: Architecture, index: int, fused_mlp: bool) -> int:
     """Elements of the largest TensorRT weight of a rank's layer: gate and up count as one where joined."""
     layer = local.layers[index]
-    ffn = (1 + fused_mlp) * layer.intermediate_size * local.hidden_size
     qkv = (local.q_size + 2 * layer.num_key_value_heads * local.head_dim) * local.hidden_size
     others = (prod(shape) for shape in layer_shapes(local, index).values())
-    return max(ffn, qkv if layer.num_key_value_heads else 0, *others, 0)
+    return max(_ffn_weight(local, index, fused_mlp), qkv if layer.num_key_value_heads else 0, *others, 0)
+
+
+def _ffn_weight(local: Architecture, index: int, fused_mlp: bool) -> int:
+    return (1 + fused_mlp) * local.layers[index].intermediate_size * local.hidden_size
 
 
 def check_elements(whole: Architecture, tp_size: int, fused_mlp: bool) -> None:
@@ -98,20 +103,27 @@ def check_elements(whole: Architecture, tp_size: int, fused_mlp: bool) -> None:
     local = whole.shard(tp_size)
     for index in range(len(local.layers)):
         elements = largest_weight(local, index, fused_mlp)
-        if elements > MAX_ELEMENTS:
-            what = "joined gate and up" if fused_mlp else "largest"
-            raise UserError(
-                f"layer {index}: the {what} weight has {elements:,} elements a rank, TensorRT takes "
-                f"{MAX_ELEMENTS:,}; {_what_fits(whole, index, tp_size, fused_mlp)}"
-            )
+        if elements <= MAX_ELEMENTS:
+            continue
+        if elements == _ffn_weight(local, index, fused_mlp):
+            what = "joined gate and up weight" if fused_mlp else "gate weight"
+            remedy = _what_fits(whole, index, tp_size, fused_mlp)
+        else:
+            what, remedy = "largest weight of the attention", "raise --tp"
+        raise UserError(
+            f"layer {index}: the {what} has {elements:,} elements a rank, TensorRT takes "
+            f"{MAX_ELEMENTS:,}; {remedy}"
+        )
     vocabulary = local.vocab_size * local.hidden_size
     if vocabulary > MAX_ELEMENTS:
         raise UserError(
-            f"vocab_size: the embedding has {vocabulary:,} elements, TensorRT takes {MAX_ELEMENTS:,}"
+            f"vocab_size: the embedding has {vocabulary:,} elements, TensorRT takes {MAX_ELEMENTS:,}; "
+            "no option makes it smaller"
         )
 
 
 def _what_fits(whole: Architecture, index: int, tp_size: int, fused_mlp: bool) -> str:
+    """The remedies for an FFN that is too wide: smaller groups, larger TP, gate and up not joined."""
     members, width, joined = whole.layers[index].members, whole.layers[index].intermediate_size, 1 + fused_mlp
     fits = MAX_ELEMENTS // (joined * whole.hidden_size) * tp_size
     remedies = []
@@ -124,7 +136,7 @@ def _what_fits(whole: Architecture, index: int, tp_size: int, fused_mlp: bool) -
         remedies.append(f"raise --tp to {larger[0]}")
     if fused_mlp and width // tp_size * whole.hidden_size <= MAX_ELEMENTS:
         remedies.append("or give --no-fused-mlp and build with use_fused_mlp disabled")
-    return ", ".join(remedies) or "no TP or group fits"
+    return ", ".join(remedies) or "no group and no TP would fit"
 
 
 def weights(
@@ -133,7 +145,7 @@ def weights(
     """The tensors of every rank file, by file. `whole` comes from `prepare`."""
     if quantized:
         whole = quantized.apply(whole)
-    kind = layout.kind_of(whole.architecture)
+    kind = model_class(whole.architecture)
     shares = [shard(whole, tp_size, r).decoder_tensors() for r in range(tp_size)]
     files = {}
     for rank in range(tp_size * pp_size):

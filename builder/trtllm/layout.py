@@ -14,10 +14,10 @@ from typing import Any
 
 from builder.architecture import Architecture, Layer, Linear
 from builder.errors import UserError
+from builder.model_class import DECILM, LLAMA, QWEN, model_class
 from builder.rope import Rope, yarn_magnitude
 
 DTYPES = ("float32", "bfloat16", "float16")
-DECILM, LLAMA, QWEN = "DeciLMForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"
 KINDS = (DECILM, LLAMA, QWEN)
 
 OUTSIDE_NAMES = {
@@ -58,18 +58,6 @@ def on_stage(name: str, layers: range, stage: int, pp_size: int) -> bool:
     return int(name.split(".")[1]) in layers
 
 
-def kind_of(architecture: Architecture) -> str:
-    """The model class of TensorRT-LLM. Raises UserError where none can say what the model is."""
-    if architecture.uniform:
-        return QWEN if architecture.attention_bias else LLAMA
-    if architecture.attention_bias:
-        raise UserError(
-            "attention_bias: a model with unlike layers is written as DeciLMForCausalLM, which has no "
-            "q/k/v biases (qwen2 has them); convert it unchanged, or change all its layers alike"
-        )
-    return DECILM
-
-
 def config(
     architecture: Architecture,
     dtype: str,
@@ -80,7 +68,7 @@ def config(
     kv_cache_quantized: bool = False,
 ) -> dict[str, Any]:
     """config.json; the keys are those of TensorRT-LLM's PretrainedConfig, DeciLMConfig and QWenConfig."""
-    a, kind = architecture, kind_of(architecture)
+    a, kind = architecture, model_class(architecture)
     quantization: dict[str, Any] = {
         "quant_algo": "FP8" if quantized else None,
         "kv_cache_quant_algo": "FP8" if kv_cache_quantized else None,

@@ -9,9 +9,10 @@ from typing import Any
 
 from builder.architecture import Architecture
 from builder.checkpoint import Checkpoint
+from builder.model_class import model_class
 from builder.quantization import Quantized, nominal
 from builder.tensorfile import Layout
-from builder.trtllm import layout
+from builder.tensors import NUMPY_DTYPES
 from builder.trtllm.conversion import MAX_ELEMENTS, largest_weight, prepare, weights
 
 
@@ -102,7 +103,7 @@ def preview(
     whole = prepare(child, tp_size, pp_size, dtype, fused_mlp)
     quantized = nominal(whole, kv_cache=fp8_kv_cache) if fp8 else None
     return Preview(
-        architecture=layout.kind_of(whole.architecture),
+        architecture=model_class(whole.architecture),
         dtype=whole.dtype,
         tp_size=tp_size,
         pp_size=pp_size,
@@ -140,7 +141,7 @@ def _layers(asked: Architecture, whole: Architecture, tp_size: int, fused_mlp: b
 
 
 def _cost(checkpoint: Checkpoint, tp_size: int, fp8: bool, fp8_kv_cache: bool) -> Cost:
-    a = checkpoint.architecture
+    a, element_bytes = checkpoint.architecture, NUMPY_DTYPES[checkpoint.dtype].itemsize
     if fp8:
         checkpoint = nominal(checkpoint).apply(checkpoint)
     return Cost(
@@ -148,7 +149,7 @@ def _cost(checkpoint: Checkpoint, tp_size: int, fp8: bool, fp8_kv_cache: bool) -
         attention_layers=a.num_attention_layers,
         parameters=a.num_parameters,
         weight_bytes=sum(x.num_bytes for x in checkpoint.tensors.values()),
-        kv_bytes_per_token=a.kv_cache_bytes_per_token(1 if fp8_kv_cache else 2),
+        kv_bytes_per_token=a.kv_cache_bytes_per_token(1 if fp8_kv_cache else element_bytes),
         all_reduces_per_token=a.all_reduces_per_token(tp_size),
     )
 

@@ -12,11 +12,12 @@ from builder.arithmetic import cast
 from builder.checkpoint import Checkpoint, tensor_shapes
 from builder.errors import UserError
 from builder.fp8 import Dequantize
+from builder.model_class import QWEN
 from builder.storage import headers_digest, read_json
 from builder.surgery.sharding import stage_layers
 from builder.tensorfile import read_header
 from builder.tensors import FP8, Expression, Slice
-from builder.trtllm.layout import DTYPES, KINDS, QWEN, on_stage, read_rope, trtllm_name
+from builder.trtllm.layout import DTYPES, KINDS, on_stage, read_rope, trtllm_name
 
 MAX_RANKS = 10_000  # more is a broken file
 
