@@ -57,7 +57,7 @@ def verify(directory: Path, *, threads: int | None = None, progress: Progress | 
     for name, entry in entries.items():
         if "tensors" not in entry:
             _check_small(directory / name, entry, report)
-    _note(report, partial(_check_shapes, directory))
+    _note(report, partial(check_shapes, directory))
     named = {directory / name for name, entry in entries.items() if "tensors" in entry}
     for file in sorted({*directory.glob("*.safetensors"), *named}):
         entry = entries.get(file.name)
@@ -83,13 +83,13 @@ def _check_small(file: Path, entry: dict[str, Any], report: Report) -> None:
         report.problems.append(f"{file.name}: changed since it was written")
 
 
-def _check_shapes(directory: Path) -> None:
+def check_shapes(directory: Path) -> None:
     """Every tensor is there, of the shape and dtype that config.json says."""
     if "architecture" not in read_json(directory / "config.json"):
         huggingface.read(directory)
         return
     checkpoint = trtllm.read(directory)
-    for rank in range(checkpoint.tp_size * checkpoint.pp_size):
+    for rank in range(checkpoint.world_size):
         _check_rank(checkpoint, rank)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
+from engines.options import check_dtype, refuse_given, trtllm_options
+
+if TYPE_CHECKING:
+    from engines.manifest import Manifest
+    from engines.trtllm.build import Prepared
 
 
 @click.command("build-engine")
@@ -21,13 +28,15 @@ from builder.options import DIRECTORY, JSON, emit
     help="embedded runs on CPUs; tensorrt-llm needs TensorRT-LLM and an H100 or H200.",
 )
 @click.option(
-    "--max-batch-size", type=click.IntRange(1), default=4, show_default=True, help="Requests at once."
+    "--max-batch-size", type=click.IntRange(1), help="Requests at once. Default: 4; tensorrt-llm: 32."
 )
 @click.option(
     "--max-input-len", type=click.IntRange(1), help="Tokens of a prompt. Default: half of --max-seq-len."
 )
 @click.option(
-    "--max-seq-len", type=click.IntRange(4), help="Prompt and output together. Default: the model's limit."
+    "--max-seq-len",
+    type=click.IntRange(4),
+    help="Prompt and output together. Default: the model's limit; tensorrt-llm: 8192 at most.",
 )
 @click.option(
     "--dtype",
@@ -36,47 +45,104 @@ from builder.options import DIRECTORY, JSON, emit
     show_default=True,
     help="Weights and KV cache; auto is the checkpoint's.",
 )
-@click.option("-o", "--output", type=DIRECTORY, required=True, help="The engine directory.")
+@click.option("-o", "--output", type=DIRECTORY, help="The engine directory.")
+@trtllm_options
 @JSON
 def build_engine(
     checkpoint: Path,
     backend: str,
-    max_batch_size: int,
+    max_batch_size: int | None,
     max_input_len: int | None,
     max_seq_len: int | None,
     dtype: str,
-    output: Path,
+    output: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Compile CHECKPOINT, a TensorRT-LLM checkpoint directory, into an engine.
 
     \b
-    Example:
+    Examples:
         build-engine checkpoint --max-batch-size 8 --max-seq-len 2048 -o engine
+        build-engine checkpoint --backend tensorrt-llm --dry-run
+        build-engine checkpoint --backend tensorrt-llm --config build.yaml -o engine
     """
+    if output is None and not options["dry_run"]:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    limits = {
+        "max_batch_size": max_batch_size,
+        "max_input_len": max_input_len,
+        "max_seq_len": max_seq_len,
+    }
     if backend == "tensorrt-llm":
-        from engines import trtllm
-
-        trtllm.build(checkpoint)
+        check_dtype(dtype)
+        _build_trtllm(checkpoint, output, as_json, options, limits)
+        return
+    refuse_given(options)
+    assert output is not None, "checked above"
     from engines.embedded.compilation import build
 
     start = time.monotonic()
     manifest = build(
         checkpoint,
         output,
-        max_batch_size=max_batch_size,
+        max_batch_size=max_batch_size or 4,
         max_input_len=max_input_len,
         max_seq_len=max_seq_len,
         dtype=None if dtype == "auto" else dtype,
-        progress=lambda line: click.echo(line, err=True),
+        progress=_report,
     )
-    seconds = round(time.monotonic() - start, 1)
+    _emit_engine(manifest, output, time.monotonic() - start, as_json)
+
+
+def _build_trtllm(
+    checkpoint: Path, output: Path | None, as_json: bool, options: dict[str, Any], limits: dict[str, Any]
+) -> None:
+    from engines.trtllm import build as trtllm
+    from engines.trtllm import options as build_options
+
+    config_file, dry_run = options.pop("config_file"), options.pop("dry_run")
+    without_nvlink = options.pop("without_nvlink")
+    chosen = build_options.read(config_file, {**options, **limits})
+    prepared = trtllm.prepare(checkpoint, output or Path("engine"), chosen, without_nvlink=without_nvlink)
+    if not prepared.build.use_fused_mlp and chosen.use_fused_mlp is None:
+        _report("use_fused_mlp is off: the joined gate and up weight would reach TensorRT's 2^31 elements")
+    if dry_run:
+        _emit_dry_run(prepared, as_json)
+        return
+    start = time.monotonic()
+    manifest = trtllm.build(prepared, _report)
+    if manifest is not None:
+        _emit_engine(manifest, prepared.output, time.monotonic() - start, as_json)
+
+
+def _emit_dry_run(prepared: Prepared, as_json: bool) -> None:
+    if prepared.place[0] > 0:
+        return
+    command = ["trtllm-build", *prepared.command(prepared.output)]
+    checks = prepared.checks()
+    result = {
+        "command": command,
+        "estimate": prepared.estimate.to_dict(),
+        "checks": {c.name: {"passed": c.passed, "detail": c.detail} for c in checks},
+    }
+    lines = [prepared.estimate.describe(), ""]
+    lines += [f"{'ok    ' if c.passed else 'FAILS '} {c.name:13} {c.detail}" for c in checks]
+    emit(result, as_json, "\n".join([*lines, "", shlex.join(command)]))
+
+
+def _emit_engine(manifest: Manifest, output: Path, seconds: float, as_json: bool) -> None:
     limits = {n: getattr(manifest, n) for n in ("max_batch_size", "max_input_len", "max_seq_len")}
     result = {"engine": str(output), "backend": manifest.backend, "tp_size": manifest.tp_size, **limits}
     text = (
-        f"{output}: {manifest.backend} engine, TP {manifest.tp_size}, {manifest.dtype}, built in {seconds} s"
+        f"{output}: {manifest.backend} engine, TP {manifest.tp_size}, {manifest.dtype}, "
+        f"built in {seconds:.1f} s"
     )
-    emit({**result, "dtype": manifest.dtype, "seconds": seconds}, as_json, text)
+    emit({**result, "dtype": manifest.dtype, "seconds": round(seconds, 1)}, as_json, text)
+
+
+def _report(line: str) -> None:
+    click.echo(line, err=True)
 
 
 @click.command()

@@ -1,4 +1,8 @@
-"""The contract of an engine directory: config.json beside the programs and one weight file a rank."""
+"""The contract of an engine directory.
+
+An embedded engine has it in config.json. TensorRT-LLM's own config.json has that name in its
+directories, so there it is ffn-fusion.json.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from builder.errors import UserError
 from builder.storage import read_json, write_json
 
 VERSION = 1
+BESIDE = "ffn-fusion.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +45,16 @@ class Manifest:
         return {"dtype": self.dtype, **self.architecture.counts(self.tp_size, size)}
 
     def write(self, directory: Path) -> None:
-        """Write config.json."""
-        write_json(directory / "config.json", {**asdict(self), "architecture": self.architecture.to_dict()})
+        """Write it into an engine directory."""
+        name = "config.json" if self.backend == "embedded" else BESIDE
+        write_json(directory / name, {**asdict(self), "architecture": self.architecture.to_dict()})
 
 
 def read(directory: Path) -> Manifest:
-    """Read config.json. Raises UserError where it is none of ours, or of another version."""
-    file = directory / "config.json"
+    """Read an engine directory's. Raises UserError where it is none of ours, or of another version."""
+    file = directory / BESIDE
+    if not file.is_file():
+        file = directory / "config.json"
     values = read_json(file)
     if values.get("version") != VERSION:
         raise UserError(f"{file}: version {values.get('version')!r} is not {VERSION}; build the engine again")

@@ -153,7 +153,7 @@ def compare(
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
         quality=quality,
-        hardware={**hardware.cpu(), "gpus": hardware.gpus()},
+        hardware={**hardware.cpu(), "gpus": [asdict(gpu) for gpu in hardware.gpus()]},
     )
 
 

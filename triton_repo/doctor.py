@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from builder.errors import UserError
 
@@ -84,11 +83,9 @@ def _embedded() -> str:
 
 def _mpi() -> str:
     _module("mpi4py", "mpi")
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        raise UserError("mpirun is missing; pip install 'ffn-fusion[mpi]'")
-    return mpirun
+    from engines import mpi
+
+    return mpi.launcher()[0]
 
 
 def _triton() -> str:
@@ -98,6 +95,8 @@ def _triton() -> str:
 
 
 def _tensorrt_llm() -> str:
-    from engines import trtllm
+    from engines.trtllm import preflight, release
 
-    return trtllm.check()
+    version, _ = release.engine_builder()
+    gpus = preflight.hopper()
+    return f"TensorRT-LLM {version}, {len(gpus)} x {gpus[0].name}"

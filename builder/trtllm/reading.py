@@ -36,6 +36,10 @@ class TrtllmCheckpoint:
     quant_algo: str | None = None  # "FP8" or None
     kv_cache_quant_algo: str | None = None
 
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size
+
     def rank(self, rank: int) -> Checkpoint:
         """One tensor-parallel rank's share (pp_size 1), FP8 weights dequantised to `dtype`.
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from builder.errors import UserError
+from engines import mpi
 from engines.embedded import protocol
 from engines.embedded.process import child_environment, package_root
 
@@ -170,13 +171,4 @@ def _command(tp_size: int) -> list[str]:
     if tp_size == 1:
         return worker
     options = [word for name, value in MPI_OPTIONS for word in ("--mca", name, value)]
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    return [_mpirun(), "-n", str(tp_size), "--oversubscribe", "--bind-to", "none", *root, *options, *worker]
-
-
-def _mpirun() -> str:
-    beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.is_file() else shutil.which("mpirun")
-    if found is None:
-        raise UserError("mpirun: not found, tensor parallelism needs it; pip install 'ffn-fusion[mpi]'")
-    return found
+    return [*mpi.launcher(), "-n", str(tp_size), "--oversubscribe", "--bind-to", "none", *options, *worker]
