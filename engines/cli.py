@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,18 @@ import click
 
 from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
-from engines.options import check_dtype, refuse_given, trtllm_options
+from engines.options import (
+    check_dtype,
+    engine_options,
+    pytorch_options,
+    refuse_given,
+    trtllm_options,
+)
 
 if TYPE_CHECKING:
     from engines.manifest import Manifest
     from engines.trtllm.build import Prepared
+    from engines.trtllm.preflight import Check
 
 
 @click.command("build-engine")
@@ -61,11 +69,15 @@ def build_engine(
 ) -> None:
     """Compile CHECKPOINT, a TensorRT-LLM checkpoint directory, into an engine.
 
+    With --backend tensorrt-llm it may be a Hugging Face directory: TensorRT-LLM 1.0 and later serve that
+    with their PyTorch backend, so it is checked and the serving configuration is written.
+
     \b
     Examples:
         build-engine checkpoint --max-batch-size 8 --max-seq-len 2048 -o engine
         build-engine checkpoint --backend tensorrt-llm --dry-run
         build-engine checkpoint --backend tensorrt-llm --config build.yaml -o engine
+        build-engine fused --backend tensorrt-llm --tp 8 -o engine
     """
     if output is None and not options["dry_run"]:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -98,12 +110,20 @@ def build_engine(
 def _build_trtllm(
     checkpoint: Path, output: Path | None, as_json: bool, options: dict[str, Any], limits: dict[str, Any]
 ) -> None:
+    from builder.storage import read_json
+
+    dry_run = options.pop("dry_run")
+    if "model_type" in read_json(checkpoint / "config.json"):
+        engine_only = {name: options.pop(name) or None for name in ("config_file", "without_nvlink")}
+        given = pytorch_options({**options, **engine_only})
+        _write_serving(checkpoint, output, as_json, dry_run, {**given, **limits})
+        return
+    config_file, without_nvlink = options.pop("config_file"), options.pop("without_nvlink")
+    given = engine_options(options)
     from engines.trtllm import build as trtllm
     from engines.trtllm import options as build_options
 
-    config_file, dry_run = options.pop("config_file"), options.pop("dry_run")
-    without_nvlink = options.pop("without_nvlink")
-    chosen = build_options.read(config_file, {**options, **limits})
+    chosen = build_options.read(config_file, {**given, **limits})
     prepared = trtllm.prepare(checkpoint, output or Path("engine"), chosen, without_nvlink=without_nvlink)
     if not prepared.build.use_fused_mlp and chosen.use_fused_mlp is None:
         _report("use_fused_mlp is off: the joined gate and up weight would reach TensorRT's 2^31 elements")
@@ -116,6 +136,33 @@ def _build_trtllm(
         _emit_engine(manifest, prepared.output, time.monotonic() - start, as_json)
 
 
+def _write_serving(
+    model: Path, output: Path | None, as_json: bool, dry_run: bool, given: dict[str, Any]
+) -> None:
+    from engines.trtllm import serving
+
+    options = serving.ServingOptions(**{name: value for name, value in given.items() if value is not None})
+    prepared = serving.prepare(model, options)
+    if dry_run:
+        checks = serving.checks(prepared)
+        arguments = prepared.llm_arguments()
+        lines = [*_check_lines(checks), "", *(f"{name}: {value}" for name, value in arguments.items())]
+        emit({"llm": arguments, "checks": _check_values(checks)}, as_json, "\n".join(lines))
+        return
+    assert output is not None, "checked by the command"
+    manifest = serving.write(prepared, output)
+    result = {"engine": str(output), "backend": manifest.backend, "tp_size": manifest.tp_size}
+    emit(result, as_json, f"{output}: {manifest.backend}, TP {manifest.tp_size}; nothing was compiled")
+
+
+def _check_values(checks: Sequence[Check]) -> dict[str, Any]:
+    return {c.name: {"passed": c.passed, "detail": c.detail} for c in checks}
+
+
+def _check_lines(checks: Sequence[Check]) -> list[str]:
+    return [f"{'ok    ' if c.passed else 'FAILS '} {c.name:13} {c.detail}" for c in checks]
+
+
 def _emit_dry_run(prepared: Prepared, as_json: bool) -> None:
     if prepared.place[0] > 0:
         return
@@ -124,11 +171,10 @@ def _emit_dry_run(prepared: Prepared, as_json: bool) -> None:
     result = {
         "command": command,
         "estimate": prepared.estimate.to_dict(),
-        "checks": {c.name: {"passed": c.passed, "detail": c.detail} for c in checks},
+        "checks": _check_values(checks),
     }
-    lines = [prepared.estimate.describe(), ""]
-    lines += [f"{'ok    ' if c.passed else 'FAILS '} {c.name:13} {c.detail}" for c in checks]
-    emit(result, as_json, "\n".join([*lines, "", shlex.join(command)]))
+    lines = [prepared.estimate.describe(), "", *_check_lines(checks), "", shlex.join(command)]
+    emit(result, as_json, "\n".join(lines))
 
 
 def _emit_engine(manifest: Manifest, output: Path, seconds: float, as_json: bool) -> None:

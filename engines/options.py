@@ -1,4 +1,4 @@
-"""The options of build-engine that only TensorRT-LLM has."""
+"""The options of build-engine that only TensorRT-LLM has: for trtllm-build, and for its PyTorch backend."""
 
 from __future__ import annotations
 
@@ -10,41 +10,61 @@ import click
 from builder.errors import UserError
 from builder.options import DIRECTORY
 
-# A command is no module of TensorRT-LLM, and --help must not wait for one: the names are click's own.
-_VALUES: dict[str, tuple[Any, str]] = {
+_LIMITS: dict[str, tuple[Any, str]] = {  # of both
     "max-num-tokens": (click.IntRange(1), "Tokens of all requests in one step. Default: 8192."),
-    "opt-num-tokens": (click.IntRange(1), "Tokens of a step to tune for. Default: batch x beams."),
     "max-beam-width": (click.IntRange(1), "Default: 1."),
+}
+_ENGINE: dict[str, tuple[Any, str]] = {
+    "opt-num-tokens": (click.IntRange(1), "Tokens of a step to tune for. Default: batch x beams."),
     "gemm-plugin": (str, "auto, disable, float16, bfloat16 or fp8. Default: auto; FP8: disable."),
     "kv-cache-type": (click.Choice(["paged", "continuous"]), "Default: paged."),
     "timing-cache": (str, "File to read kernel timings from and write them to."),
     "workers": (click.IntRange(1), "Ranks built at once, each on a GPU. Default: all."),
     "log-level": (str, "trtllm-build's. Default: info."),
+    "multiple-profiles/--no-multiple-profiles": (None, "Several optimization profiles. Default: no."),
+    "gemm-swiglu-plugin/--no-gemm-swiglu-plugin": (
+        None,
+        "FP8: gate, up and SiLU in one kernel. Default: no.",
+    ),
+    "low-latency-gemm-plugin/--no-low-latency-gemm-plugin": (None, "FP8: GEMMs for few tokens. Default: no."),
+    "use-paged-context-fmha/--no-use-paged-context-fmha": (
+        None,
+        "Chunked prompts and KV reuse. Default: yes.",
+    ),
+    "use-fp8-context-fmha/--no-use-fp8-context-fmha": (None, "Default: with an FP8 KV cache."),
+    "use-fused-mlp/--no-use-fused-mlp": (
+        None,
+        "Join gate and up. Default: unless TensorRT's 2^31 limit forbids it.",
+    ),
+    "weight-streaming/--no-weight-streaming": (None, "Keep weights on the host. Default: no."),
 }
-_SWITCHES = {
-    "multiple-profiles": "Several optimization profiles. Default: no.",
-    "gemm-swiglu-plugin": "FP8: gate, up and SiLU in one kernel. Default: no.",
-    "low-latency-gemm-plugin": "FP8: GEMMs for few tokens. Default: no.",
-    "use-paged-context-fmha": "Chunked prompts and KV reuse. Default: yes.",
-    "use-fp8-context-fmha": "Default: with an FP8 KV cache.",
-    "use-fused-mlp": "Join gate and up. Default: unless TensorRT's 2^31 limit forbids it.",
-    "weight-streaming": "Keep weights on the host. Default: no.",
+_PYTORCH: dict[str, tuple[Any, str]] = {
+    "tp-size": (click.IntRange(1), "Tensor-parallel ranks. Default: 1."),
+    "pp-size": (click.IntRange(1), "Pipeline stages. Default: 1."),
+    "kv-cache-fraction": (float, "Of the GPU memory that weights leave. Default: 0.9."),
+    "cuda-graphs/--no-cuda-graphs": (None, "Replay decode steps. Default: yes."),
+    "chunked-prefill/--no-chunked-prefill": (None, "Cut long prompts. Default: yes."),
 }
+_SHORT = {"tp-size": "--tp", "pp-size": "--pp"}
+WHOSE = {"tensorrt-llm": _LIMITS, "trtllm-build": _ENGINE, "PyTorch backend": _PYTORCH}
+
+
+def _name(flag: str) -> str:
+    return flag.partition("/")[0].replace("-", "_")
 
 
 def trtllm_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add them, and --config, --dry-run and --without-nvlink. Each is None or False where not given."""
     options = [
-        click.option("--config", "config_file", type=DIRECTORY, help="tensorrt-llm: options as YAML."),
+        click.option("--config", "config_file", type=DIRECTORY, help="trtllm-build: options as YAML."),
         *(
-            click.option(f"--{name}", type=kind, help=f"tensorrt-llm: {text}")
-            for name, (kind, text) in _VALUES.items()
+            click.option(
+                _SHORT.get(flag, f"--{flag}"), _name(flag), type=kind, default=None, help=f"{whose}: {text}"
+            )
+            for whose, table in WHOSE.items()
+            for flag, (kind, text) in table.items()
         ),
-        *(
-            click.option(f"--{name}/--no-{name}", default=None, help=f"tensorrt-llm: {text}")
-            for name, text in _SWITCHES.items()
-        ),
-        click.option("--without-nvlink", is_flag=True, help="tensorrt-llm: build though GPUs lack NVLink."),
+        click.option("--without-nvlink", is_flag=True, help="trtllm-build: build though GPUs lack NVLink."),
         click.option(
             "--dry-run", is_flag=True, help="tensorrt-llm: print estimate, checks and command; runs anywhere."
         ),
@@ -56,10 +76,31 @@ def trtllm_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def refuse_given(options: dict[str, Any]) -> None:
     """Raise UsageError where one of `trtllm_options` was given to another backend."""
-    for name, value in options.items():
-        if value not in (None, False):
-            flag = "config" if name == "config_file" else name.replace("_", "-")
-            raise click.UsageError(f"--{flag} belongs to --backend tensorrt-llm")
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    _refuse(given, "belongs to --backend tensorrt-llm")
+
+
+def engine_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What was given for trtllm-build. Raises UsageError for what only the PyTorch backend has."""
+    return _of(options, _LIMITS | _ENGINE, "has no meaning for a TensorRT-LLM checkpoint")
+
+
+def pytorch_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What was given for the PyTorch backend. Raises UsageError for what only trtllm-build has."""
+    return _of(options, _LIMITS | _PYTORCH, "has no meaning for a Hugging Face directory")
+
+
+def _of(options: dict[str, Any], table: dict[str, tuple[Any, str]], otherwise: str) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None}
+    own = {_name(flag) for flag in table}
+    _refuse({name: value for name, value in given.items() if name not in own}, otherwise)
+    return given
+
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+    for name in given:
+        flag = {"config_file": "config"}.get(name, name.replace("_", "-"))
+        raise click.UsageError(f"{_SHORT.get(flag, f'--{flag}')} {why}")
 
 
 def check_dtype(dtype: str) -> None:

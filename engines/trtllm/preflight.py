@@ -40,7 +40,7 @@ class Wanted:
 
 def checks(wanted: Wanted) -> list[Check]:
     """Every check, tried on this machine in the order a build meets them."""
-    tried: tuple[tuple[str, Callable[[], str]], ...] = (
+    probes: tuple[tuple[str, Callable[[], str]], ...] = (
         ("checkpoint", lambda: _checkpoint(wanted.checkpoint)),
         ("TensorRT-LLM", _release),
         ("GPUs", lambda: _gpus(wanted)),
@@ -49,7 +49,7 @@ def checks(wanted: Wanted) -> list[Check]:
         ("host memory", lambda: _host_memory(wanted)),
         ("disk", lambda: _disk(wanted)),
     )
-    return [_check(name, probe) for name, probe in tried]
+    return [tried(name, probe) for name, probe in probes]
 
 
 def require(wanted: Wanted) -> None:
@@ -73,7 +73,8 @@ def hopper() -> tuple[Gpu, ...]:
     return found
 
 
-def _check(name: str, probe: Callable[[], str]) -> Check:
+def tried(name: str, probe: Callable[[], str]) -> Check:
+    """The check that a probe makes: what it returns, or the line it raises."""
     try:
         return Check(name=name, passed=True, detail=probe())
     except UserError as error:

@@ -26,6 +26,12 @@ def builds_engines(version: str) -> bool:
     return (0, 20) <= (int(numbers[1]), int(numbers[2])) < (1, 3) or version.split("+")[0] == "1.3.0rc20"
 
 
+def has_pytorch_backend(version: str) -> bool:
+    """Whether this release serves Hugging Face directories without an engine, by default."""
+    numbers = re.match(r"(\d+)\.", version)
+    return numbers is not None and int(numbers[1]) >= 1
+
+
 def installed() -> str:
     """The version of the installed TensorRT-LLM. Raises UserError where there is none."""
     try:
