@@ -10,12 +10,17 @@ from builder.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """A model's input or output; `dims` leave the batch dimension out, -1 is any size."""
+    """A model's input or output; `dims` leave the batch dimension out, -1 is any size.
+
+    `ragged`: requests of unlike sizes may share a batch; `scalar`: the model sees the batch dimension alone.
+    """
 
     name: str
     data_type: str
     dims: tuple[int, ...] = (1,)
     optional: bool = False
+    ragged: bool = False
+    scalar: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +33,24 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batching:
+    """Triton's dynamic batcher; 0 is no delay and no limit of the queue."""
+
+    max_queue_delay_us: int = 0
+    max_queue_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """One model of a repository: in Triton's Python backend, or an ensemble where it has steps."""
+    """One model of a repository, an ensemble where it has steps."""
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    backend: str = "python"
+    instances: int = 1
     max_batch_size: int = 1
+    batching: Batching | None = None
     decoupled: bool = False
     parameters: dict[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
@@ -60,6 +76,9 @@ def _message(model: Model) -> Any:
     for tensor in model.inputs:
         entry = config.input.add(name=tensor.name, dims=tensor.dims, optional=tensor.optional)
         entry.data_type = model_config_pb2.DataType.Value(f"TYPE_{tensor.data_type}")
+        entry.allow_ragged_batch = tensor.ragged
+        if tensor.scalar:
+            entry.reshape.SetInParent()
     for tensor in model.outputs:
         output = config.output.add(name=tensor.name, dims=tensor.dims)
         output.data_type = model_config_pb2.DataType.Value(f"TYPE_{tensor.data_type}")
@@ -72,7 +91,12 @@ def _message(model: Model) -> Any:
             entry.input_map.update(step.inputs)
             entry.output_map.update(step.outputs)
         return config
-    config.backend = "python"
-    config.instance_group.add(count=1, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    config.backend = model.backend
+    if model.batching is not None:
+        batching = config.dynamic_batching
+        batching.preferred_batch_size.append(model.max_batch_size)
+        batching.max_queue_delay_microseconds = model.batching.max_queue_delay_us
+        batching.default_queue_policy.max_queue_size = model.batching.max_queue_size
+    config.instance_group.add(count=model.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
     config.model_transaction_policy.decoupled = model.decoupled
     return config

@@ -14,34 +14,7 @@ from builder.storage import output_directory
 from engines import manifest
 from triton_repo import models, pbtxt
 from triton_repo.pbtxt import Model, Step, Tensor
-
-# What a client may send beside text_input and max_tokens, and the tensorrt_llm input it becomes.
-SAMPLING = {
-    "top_k": ("runtime_top_k", "INT32"),
-    "top_p": ("runtime_top_p", "FP32"),
-    "temperature": ("temperature", "FP32"),
-    "seed": ("seed", "UINT64"),
-    "stream": ("streaming", "BOOL"),
-    # Part of the interface, refused by tensorrt_llm unless neutral: silence would be a wrong answer.
-    "beam_width": ("beam_width", "INT32"),
-    "num_return_sequences": ("num_return_sequences", "INT32"),
-    "length_penalty": ("len_penalty", "FP32"),
-    "repetition_penalty": ("repetition_penalty", "FP32"),
-    "presence_penalty": ("presence_penalty", "FP32"),
-    "frequency_penalty": ("frequency_penalty", "FP32"),
-    "min_tokens": ("min_tokens", "INT32"),
-    "return_log_probs": ("return_log_probs", "BOOL"),
-    "return_context_logits": ("return_context_logits", "BOOL"),
-    "return_generation_logits": ("return_generation_logits", "BOOL"),
-    "exclude_input_in_output": ("exclude_input_in_output", "BOOL"),
-}
-# The others go through preprocessing.
-WORDS = {
-    "bad_words": ("BAD_WORDS_DICT", "STRING", (-1,)),
-    "stop_words": ("STOP_WORDS_DICT", "STRING", (-1,)),
-    "end_id": ("END_ID", "INT32", (1,)),
-    "pad_id": ("PAD_ID", "INT32", (1,)),
-}
+from triton_repo.tensors import SAMPLING, WORDS, client_inputs
 
 
 def preprocessing(tokenizer: Path) -> Model:
@@ -108,17 +81,9 @@ def postprocessing(tokenizer: Path) -> Model:
 
 def ensemble() -> Model:
     """Text to text."""
-    optional = {
-        **{k: (t, (1,)) for k, (_, t) in SAMPLING.items()},
-        **{k: (t, d) for k, (_, t, d) in WORDS.items()},
-    }
     return Model(
         name="ensemble",
-        inputs=(
-            Tensor(name="text_input", data_type="STRING"),
-            Tensor(name="max_tokens", data_type="INT32"),
-            *(Tensor(name=n, data_type=t, dims=dims, optional=True) for n, (t, dims) in optional.items()),
-        ),
+        inputs=client_inputs(),
         outputs=(Tensor(name="text_output", data_type="STRING", dims=(-1,)),),
         steps=(
             Step(
