@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,8 @@ from builder.options import (
     make_plan,
     plan_options,
     progress_bar,
+    random_options,
+    random_seed,
     target_options,
 )
 
@@ -69,43 +72,85 @@ def inspect(model: Path, tp_size: int, kv_dtype: str, as_json: bool) -> None:
 @click.command()
 @click.argument("model", type=DIRECTORY)
 @plan_options
+@random_options
 @click.option("-o", "--output", type=DIRECTORY, required=True, help="The fused Hugging Face directory.")
 @THREADS
 @JSON
-def fuse(model: Path, output: Path, threads: int | None, as_json: bool, **options: Any) -> None:
+def fuse(
+    model: Path,
+    random_weights: bool,
+    seed: int | None,
+    output: Path,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Drop attention from MODEL, fuse the FFN runs that remain, write a nemotron-nas directory.
 
-    Layer numbers are MODEL's. The last layer of a run is left out unless --group names it.
+    Layer numbers are MODEL's. The last layer of a run is left out unless --group names it. With
+    --random-weights and --no-fuse alone the model is written as it is: a baseline to measure.
 
     \b
     Examples:
         ffn-fusion fuse Llama-3.1-70B --drop-attention 42-51 -o fused
         ffn-fusion fuse Llama-3.1-70B --drop-attention 42-51,53-70 --group 42-50 --group 53-69 -o fused
+        ffn-fusion fuse config.json --random-weights --no-fuse -o baseline
     """
-    from builder import export, huggingface, manifest
+    from builder import export, manifest
     from builder.team import Team
 
+    random = random_seed(random_weights, seed)
     team = Team.join()
     plan = team.together(lambda: make_plan(**options))
-    parent = team.together(lambda: huggingface.read(model))
-    child = team.together(lambda: _changed(parent, plan))
+    source, parent = team.together(lambda: _read(model, random))
+    child = team.together(lambda: _changed(parent, plan, random is not None and options["no_fuse"]))
     mapping = manifest.layer_mapping(child.architecture, len(parent.architecture.layers))
-    facts = {"plan": plan.to_dict(), "layers": mapping}
+    made_up = team.together(lambda: _random_facts(model, random))
+    facts = {"plan": plan.to_dict(), "layers": mapping, **made_up}
     total = sum(x.num_bytes for x in child.tensors.values()) // team.size
     with progress_bar("fusing", total) as progress:
         written = export.write(
-            child, model, output, facts=facts, team=team, threads=threads, progress=progress
+            child, source, output, facts=facts, team=team, threads=threads, progress=progress
         )
     if team.rank == 0:
         members = [list(layer.members) for layer in written.layers]
         text = f"{output}: {len(parent.architecture.layers)} layers became {len(members)}"
         result = {"output": str(output), "layers": members, "parameters": written.num_parameters}
-        emit(result, as_json, text)
+        emit({**result, **made_up}, as_json, text + _random_text(made_up))
 
 
-def _changed(parent: Checkpoint, plan: Plan) -> Checkpoint:
+def _read(model: Path, seed: int | None, dtype: str | None = None) -> tuple[Path, Checkpoint]:
+    """MODEL, random where there is a seed, and the directory that has its tokenizer."""
+    if seed is None:
+        from builder import huggingface
+
+        return model, huggingface.read(model)
+    from builder import random_weights
+
+    if random_weights.has_weights(model):
+        raise click.UsageError(f"{model} has weights; leave out --random-weights or give its config.json")
+    scratch = click.get_current_context().with_resource(TemporaryDirectory())
+    return random_weights.read(model, seed, Path(scratch), dtype)
+
+
+def _random_facts(model: Path, seed: int | None) -> dict[str, Any]:
+    """What ffn-fusion.json and the result say of random weights, those MODEL was written with as well."""
+    if seed is not None:
+        return {"random_weights": {"seed": seed}}
+    from builder import manifest
+
+    name = "random_weights"
+    record = manifest.read(model) or {}
+    return {name: record[name]} if name in record else {}
+
+
+def _random_text(facts: dict[str, Any]) -> str:
+    return f"; the weights are random, seed {facts['random_weights']['seed']}" if facts else ""
+
+
+def _changed(parent: Checkpoint, plan: Plan, as_it_is: bool) -> Checkpoint:
     child = plan.apply(parent)
-    if child.architecture == parent.architecture:
+    if child.architecture == parent.architecture and not as_it_is:
         raise UserError("fuse: nothing to drop and no run to fuse; name layers with --drop-attention")
     return child
 
@@ -114,12 +159,20 @@ def _changed(parent: Checkpoint, plan: Plan) -> Checkpoint:
 @click.argument("model", type=DIRECTORY)
 @plan_options
 @target_options
+@random_options
 @click.option("-o", "--output", type=DIRECTORY, help="The TensorRT-LLM checkpoint directory.")
 @click.option("--dry-run", is_flag=True, help="Print what it would write and cost; a config.json is enough.")
 @THREADS
 @JSON
 def convert(
-    model: Path, output: Path | None, dry_run: bool, threads: int | None, as_json: bool, **options: Any
+    model: Path,
+    random_weights: bool,
+    seed: int | None,
+    output: Path | None,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Write MODEL as a sharded TensorRT-LLM checkpoint, in one pass, fusing on the way if asked.
 
@@ -132,19 +185,23 @@ def convert(
         ffn-fusion convert Llama-3.1-70B --drop-attention 42-51 --tp 8 -o checkpoint
         ffn-fusion convert fused --tp 8 --quant fp8 --kv-cache fp8 --calib text.txt -o checkpoint
         ffn-fusion convert config.json --drop-attention 42-51 --tp 8 --dry-run
+        ffn-fusion convert config.json --random-weights --tp 8 -o checkpoint
         mpirun -n 4 ffn-fusion convert fused --tp 8 -o checkpoint
     """
     from builder import huggingface, manifest, trtllm
     from builder.team import Team
 
     _check_convert_options(output, dry_run, options)
+    random = random_seed(random_weights, seed)
     team = Team.join()
     plan = team.together(lambda: _asked_plan(options))
     mapping = {name: options[name] for name in ("tp_size", "pp_size")}
     dtype = None if options["dtype"] == "auto" else options["dtype"]
     target = {**mapping, "dtype": dtype, "fused_mlp": not options["no_fused_mlp"]}
-    bare = dry_run and not model.is_dir()
-    parent = team.together(lambda: huggingface.declared(model, dtype) if bare else huggingface.read(model))
+    if dry_run and random is None and not model.is_dir():
+        source, parent = model, team.together(lambda: huggingface.declared(model, dtype))
+    else:
+        source, parent = team.together(lambda: _read(model, random, dtype))
     child = team.together(lambda: plan.apply(parent)) if plan else parent
     if dry_run:
         fp8: dict[str, Any] = {"fp8": bool(options["quant"]), "fp8_kv_cache": bool(options["kv_cache"])}
@@ -153,8 +210,9 @@ def convert(
             emit(shown.to_dict(), as_json, shown.describe())
         return
     assert output is not None, "checked above"
-    quantized = team.first(lambda: _quantized(model, child, target, options) if options["quant"] else None)
+    quantized = team.first(lambda: _quantized(source, child, target, options) if options["quant"] else None)
     layers = manifest.layer_mapping(child.architecture, len(parent.architecture.layers))
+    made_up = team.together(lambda: _random_facts(model, random))
     total = sum(x.num_bytes for x in child.tensors.values()) // team.size
     with progress_bar("converting", total) as progress:
         written = trtllm.convert(
@@ -162,14 +220,15 @@ def convert(
             output,
             **target,
             quantized=quantized,
-            facts={"plan": plan.to_dict() if plan else None, "layers": layers},
+            facts={"plan": plan.to_dict() if plan else None, "layers": layers, **made_up},
             team=team,
             threads=threads,
             progress=progress,
         )
     if team.rank == 0:
         text = f"{output}: {len(written.layers)} layers for TP {mapping['tp_size']}, PP {mapping['pp_size']}"
-        emit({"output": str(output), "layers": len(written.layers), **mapping}, as_json, text)
+        result = {"output": str(output), "layers": len(written.layers), **mapping}
+        emit({**result, **made_up}, as_json, text + _random_text(made_up))
 
 
 def _check_convert_options(output: Path | None, dry_run: bool, options: dict[str, Any]) -> None:

@@ -57,7 +57,8 @@ def read_architecture(path: Path) -> Architecture:
 def read(directory: Path) -> Checkpoint:
     """A model directory as a Checkpoint; headers are read, weights are not."""
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory")
+        how = "; --random-weights takes a config.json" if directory.is_file() else ""
+        raise UserError(f"{directory}: no such model directory{how}")
     architecture = read_architecture(directory)
     files = _weight_files(directory)
     sources: dict[str, Source] = {}
@@ -134,7 +135,8 @@ def _weight_files(directory: Path) -> list[Path]:
         file = directory / "model.safetensors"
         if not file.exists():
             raise UserError(
-                f"{directory}: has neither model.safetensors nor its index; convert it to safetensors"
+                f"{directory}: has neither model.safetensors nor its index; convert it to safetensors, "
+                "or give --random-weights"
             )
         return [file]
     weight_map = read_json(index).get("weight_map")

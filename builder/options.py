@@ -100,6 +100,28 @@ def make_plan(
     )
 
 
+def random_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that put random weights in the place of a model's."""
+    options = (
+        click.option(
+            "--random-weights",
+            is_flag=True,
+            help="MODEL is a config.json, or a directory without weights: make some up, to measure latency.",
+        ),
+        click.option("--seed", type=click.IntRange(0), help="Of the random weights. Default: 0."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def random_seed(random_weights: bool, seed: int | None) -> int | None:
+    """The seed of `random_options`, None where MODEL has its own weights."""
+    if not random_weights and seed is not None:
+        raise click.UsageError("--seed is for --random-weights")
+    return (seed or 0) if random_weights else None
+
+
 THREADS = click.option(
     "--threads",
     type=click.IntRange(1),
