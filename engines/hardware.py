@@ -13,7 +13,7 @@ from typing import Any
 
 from builder.errors import UserError
 
-_FIELDS = "index,uuid,name,compute_cap,memory.total,memory.free,driver_version,clocks.max.sm"
+_FIELDS = "index,uuid,name,compute_cap,memory.total,memory.free,driver_version,clocks.max.sm,clocks.sm"
 _MIB = 1 << 20
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")  # `nvidia-smi topo` underlines its header even into a pipe
 
@@ -46,7 +46,10 @@ def free_memory() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One NVIDIA GPU as nvidia-smi tells it; memory in bytes, the clock in MHz."""
+    """One NVIDIA GPU as nvidia-smi tells it; memory in bytes, SM clocks in MHz.
+
+    `clock` is the one at the moment of asking, None where the GPU does not tell it.
+    """
 
     index: int
     uuid: str
@@ -56,6 +59,7 @@ class Gpu:
     free_memory: int
     driver: str
     max_clock: int
+    clock: int | None = None
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -87,6 +91,7 @@ def _gpu(cells: list[str]) -> Gpu:
         free_memory=int(cells[5]) * _MIB,
         driver=cells[6],
         max_clock=int(cells[7]),
+        clock=int(cells[8]) if cells[8].isdecimal() else None,
     )
 
 

@@ -2,6 +2,8 @@
 
 `trtllm-build` accepts the options in data/trtllm_build_options.json and no other. It deals ranks over
 workers and MPI processes as the real one does, and writes the words "no engine" in place of one.
+`trtllm-bench` accepts those of data/trtllm_bench_options.json for its release and writes a report of the real
+shape: a baseline takes 10 ms a token, a candidate 8, and the report says that they are made up.
 nvidia-smi answers in the words of a real H100 (driver 580.159.04), for as many GPUs as asked for.
 """
 
@@ -15,10 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OPTIONS = Path(__file__).parent / "data" / "trtllm_build_options.json"
+BENCH_OPTIONS = Path(__file__).parent / "data" / "trtllm_bench_options.json"
 BUILD = """#!{python}
 import argparse, json, os, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+
+def say(text):  # in one write, or lines of workers mix where Python is unbuffered
+    os.write(1, (text + "\\n").encode())
 
 def build(rank, args):
     fault = os.environ.get("STANDIN_FAULT", "")
@@ -30,17 +36,17 @@ def build(rank, args):
         if kind == "fail":
             raise RuntimeError(f"Encountered an error for rank {{rank}}: Provided tensor names are different")
         if kind == "oom":
-            print("[TRT] [E] [defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)")
+            say("[TRT] [E] [defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)")
             raise RuntimeError("Engine building failed, please check the error log: CUDA out of memory")
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "hang":
             time.sleep(600)
     path = f"{{args.output_dir}}/rank{{rank}}.engine"
-    print(f"[TRT-LLM] [I] Serializing engine to {{path}}...", flush=True)
+    say(f"[TRT-LLM] [I] Serializing engine to {{path}}...")
     with open(path, "w") as file:
         file.write(f"no engine: stand-in for rank {{rank}}")
-    print("[TRT-LLM] [I] Engine serialized. Total time: 00:00:00", flush=True)
+    say("[TRT-LLM] [I] Engine serialized. Total time: 00:00:00")
     if rank == 0:
         with open(f"{{args.output_dir}}/config.json", "w") as file:
             json.dump({{"version": "{version}", "pretrained_config": {{}}, "build_config": vars(args)}}, file)
@@ -71,11 +77,11 @@ def main():
             try:
                 build(rank, args)
             except Exception as error:
-                print(f"RuntimeError: {{error}}", flush=True)
+                say(f"RuntimeError: {{error}}")
                 failed = True
         tensorrt_llm.mpi_barrier()
         if failed:
-            print("Engine building failed, please check error log.", flush=True)
+            say("Engine building failed, please check error log.")
             comm.Abort()
         return
     workers = args.workers or 1
@@ -89,9 +95,120 @@ def main():
             try:
                 future.result()
             except Exception as error:
-                print(f"{{type(error).__name__}}: {{error}}", flush=True)
+                say(f"{{type(error).__name__}}: {{error}}")
                 errors.append(error)
     assert not errors, "Engine building failed, please check error log."
+
+if __name__ == "__main__":
+    main()
+"""
+BENCH = """#!{python}
+import json, os, sys, time
+import click
+
+TABLE = json.load(open("{options}"))
+VERSION, ERA = "{version}", "{era}"
+KINDS = {{"text": str, "int": int, "float": float, "path": click.Path(exists=True)}}
+KINDS["file"] = click.Path(dir_okay=False)
+
+def option(name, kind):
+    if kind == "flag":
+        return click.option(f"--{{name}}", is_flag=True)
+    return click.option(f"--{{name}}", type=click.Choice(kind) if isinstance(kind, list) else KINDS[kind])
+
+def options(table):
+    def add(function):
+        for name, kind in table.items():
+            function = option(name, kind)(function)
+        return function
+    return add
+
+@click.group(name="trtllm-bench")
+@options(TABLE["general"])
+@click.pass_context
+def main(context, **general):
+    context.obj = general
+
+def percentiles(value):
+    spread = {{"p50": 1.0, "p90": 1.1, "p95": 1.2, "p99": 1.3}}
+    spread.update(minimum=0.9, maximum=1.3, average=1.02)
+    return {{name: value * factor for name, factor in spread.items()}}
+
+def fault(given):
+    kind, _, where = os.environ.get("STANDIN_FAULT", "").partition(":")
+    if not where or where not in given["report_json"]:
+        return
+    if kind == "oom":
+        print("[TensorRT-LLM][WARNING] made up by a stand-in")
+        raise torch_error("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if kind == "silent":
+        print("[TRT-LLM] [I] Keyboard interrupt, exiting benchmark...")
+        sys.exit(0)
+    if kind == "kill":
+        os.kill(os.getpid(), 9)
+    if kind == "hang":
+        time.sleep(600)
+
+def torch_error(text):
+    return type("OutOfMemoryError", (RuntimeError,), {{"__module__": "torch"}})(text)
+
+def engine(given, general):
+    backend = given.get("backend") or (None if ERA == "0.20" else "pytorch")
+    if backend == "pytorch":
+        assert json.load(open(os.path.join(general["model_path"], "config.json")))["model_type"]
+        if given.get("extra_llm_api_options"):
+            import yaml
+            assert isinstance(yaml.safe_load(open(given["extra_llm_api_options"])), dict)
+        return "Pytorch", VERSION, given["tp"] or 1, given["pp"] or 1
+    config = json.load(open(os.path.join(given["engine_dir"], "config.json")))
+    if config["version"] != VERSION:
+        print("[TRT] [E] IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization "
+              "assertion stdVersionRead == kSERIALIZATION_VERSION failed.)")
+        raise RuntimeError("Failed to deserialize cuda engine.")
+    return "TRT", config["version"], 1, 1
+
+def bench(mode, general, given):
+    rows = [json.loads(line) for line in open(given["dataset"])][: given["num_requests"] or None]
+    lengths = [(len(row["input_ids"]), row["output_tokens"], row["task_id"]) for row in rows]
+    backend, version, tp, pp = engine(given, general)
+    if os.environ.get("STANDIN_TRACE"):
+        with open(os.environ["STANDIN_TRACE"], "a") as file:
+            file.write(os.path.basename(given["report_json"]) + "\\n")
+    fault(given)
+    name = os.path.basename(given["report_json"]).removesuffix(".json")
+    side, level, number = name.rsplit("-", 2)
+    token_ms = (10.0 if side == "baseline" else 8.0) * (1 + 0.01 * int(number)) * (1 + 0.01 * int(level))
+    tokens = lengths[0][1]
+    latency = 5 * token_ms + (tokens - 1) * token_ms
+    report = {{
+        "stand-in": "made-up numbers: nothing was measured",
+        "engine": {{"model": general["model"], "model_path": general["model_path"],
+                   "engine_dir": given["engine_dir"], "version": version, "backend": backend}},
+        "world_info": {{"tp_size": tp, "pp_size": pp, "world_size": tp * pp}},
+        "request_info": {{"num_requests": len(rows), "avg_num_concurrent_requests": given["concurrency"],
+                         "avg_input_length": lengths[0][0], "avg_output_length": tokens}},
+        "performance": {{
+            "total_latency_ms": latency * len(rows) / given["concurrency"],
+            "avg_request_latency_ms": latency,
+            "request_throughput_req_s": 1e3 * given["concurrency"] / latency,
+            "system_output_throughput_tok_s": 1e3 * given["concurrency"] * tokens / latency,
+            "output_throughput_per_user_tok_s": 1e3 * tokens / latency,
+            "request_latency_percentiles_ms": percentiles(latency),
+        }},
+    }}
+    if mode == "latency" or given["streaming"]:
+        report["streaming_metrics"] = {{
+            "token_output_speed_tok_s": 1e3 / token_ms, "avg_ttft_ms": 5 * token_ms, "avg_tpot_ms": token_ms,
+            "tpot_percentiles": percentiles(token_ms), "ttft_percentiles": percentiles(5 * token_ms),
+            "gen_tps_percentiles": percentiles(1e3 / token_ms),
+        }}
+    with open(given["report_json"], "w") as file:
+        json.dump(report, file, indent=4)
+
+for mode in ("latency", "throughput"):
+    table = dict(TABLE[mode]["common"], **TABLE[mode][ERA])
+    command = (lambda mode: lambda general, **given: bench(mode, general, given))(mode)
+    main.command(mode)(options(table)(click.pass_obj(command)))
 
 if __name__ == "__main__":
     main()
@@ -118,9 +235,15 @@ else:
     fields = sys.argv[1].split("=", 1)[1].split(",")
     for i, gpu in enumerate(gpus):
         row = {{"index": i, "uuid": f"GPU-{{i:08d}}", "driver_version": "580.159.04", **gpu}}
-        row["clocks.max.sm"] = 1980
+        row.update({{"clocks.max.sm": 1980, "clocks.sm": 345}})
         print(", ".join(str(row[name]) for name in fields))
 """
+
+
+def bench_era(version: str) -> str:
+    """The entry of trtllm_bench_options.json for a release."""
+    known = ("1.2", "1.1", "1.0")
+    return next((era for era in known if version.startswith(era)), "1.2" if version[:2] == "1." else "0.20")
 
 
 @dataclass
@@ -164,7 +287,10 @@ class StandIn:
             nvlink=repr(self.nvlink),
             broken=self.broken_smi,
         )
-        for name, text in (("trtllm-build", build), ("nvidia-smi", smi)):
+        bench = BENCH.format(
+            python=sys.executable, options=BENCH_OPTIONS, version=self.version, era=bench_era(self.version)
+        )
+        for name, text in (("trtllm-build", build), ("trtllm-bench", bench), ("nvidia-smi", smi)):
             (binaries / name).write_text(text)
             (binaries / name).chmod(stat.S_IRWXU)
         self.environment = {

@@ -18,6 +18,7 @@ from rich.console import Console
 from builder.errors import UserError
 from triton_repo import compare, report
 from triton_repo.client import Endpoint, RequestTiming, generate, measure, stream
+from triton_repo.rounds import RecordedRound, Statistics, combined, ratio, statistics
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -119,7 +120,7 @@ def make_rounds(scale: float, seed: int = 0, count: int = 12) -> list[compare.Ro
 
 def test_statistics_are_numpys() -> None:
     values = list(np.random.default_rng(0).gamma(2, 3, 999))
-    s = compare.statistics(values)
+    s = statistics(values)
     assert (s.p50, s.p90, s.p99) == tuple(np.percentile(values, (50, 90, 99)))
     assert s.mean == pytest.approx(np.mean(values))
     assert s.count == 999
@@ -138,6 +139,64 @@ def test_equal_sides_rarely_differ() -> None:
         compare.row(make_rounds(1.0, seed), "inter_token_ms", 1, seed=0).ratio.differs for seed in range(60)
     )
     assert found <= 10
+
+
+def recorded(side: str, p50: float, count: int = 10) -> RecordedRound:
+    """A run of which only percentiles are known."""
+    summary = Statistics(p50=p50, p90=2 * p50, p99=3 * p50, mean=1.5 * p50, count=count)
+    return RecordedRound(
+        side=side,
+        concurrency=1,
+        values={"inter_token_ms": (p50,), "latency_ms": (p50,), "tokens_per_s": (1e3 / p50,)},
+        lengths=(64.0,),
+        summaries={"inter_token_ms": summary, "latency_ms": summary},
+    )
+
+
+def test_percentiles_of_runs_are_combined_and_said_to_be() -> None:
+    """By hand: medians of 10, 12, 11 and of 5, 6, 7; the means weighted by their counts."""
+    runs = [recorded("baseline", x) for x in (10.0, 12.0)] + [recorded("baseline", 11.0, count=30)]
+    runs += [recorded("candidate", x) for x in (5.0, 6.0, 7.0)]
+    row = compare.row(runs, "inter_token_ms", 1, seed=0)
+    assert (row.baseline.p50, row.baseline.p90, row.baseline.p99) == (11.0, 22.0, 33.0)
+    assert row.baseline.mean == pytest.approx(1.5 * (10 * 10 + 12 * 10 + 11 * 30) / 50)
+    assert (row.baseline.count, row.candidate.count) == (50, 30)
+    assert row.ratio.value == pytest.approx(6 / 11)
+    assert row.ratio.low == pytest.approx(5 / 10)
+    assert row.ratio.high == pytest.approx(7 / 11)
+    rate = compare.row(runs, "tokens_per_s", 1, seed=0)
+    assert rate.baseline.p50 == pytest.approx(1e3 / 11)
+    assert combined([row.baseline]) == row.baseline
+
+
+def test_few_rounds_mislead_as_often_as_said() -> None:
+    """Of equal sides, 3 single values each: 1 of 4 seem to differ; the bounds are 5 sigma of 200 trials."""
+    generator = np.random.default_rng(0)
+    found = sum(
+        ratio(*([[x] for x in generator.normal(10, 0.1, 3)] for _ in compare.SIDES), seed=0).differs
+        for _ in range(200)
+    )
+    assert 50 - 31 < found < 50 + 31
+    assert "With 3 rounds" in compare._few_rounds(3)[0]
+    assert "about 1 of 4 comparisons" in compare._few_rounds(3)[0]
+    assert compare._few_rounds(5) == ()
+
+
+def test_report_of_runs_without_single_values(tmp_path: Path) -> None:
+    runs = [recorded(s, 8.0 if s == "candidate" else 10.0) for _ in range(6) for s in compare.SIDES]
+    settings = {"concurrency": [1], "rounds": 6, "seed": 0}
+    comparison = compare.assemble(runs, method="with a tool", how="6 rounds.", settings=settings)
+    assert comparison.metrics == ("inter_token_ms", "latency_ms", "tokens_per_s")
+    assert comparison.inter_token_ms == {}
+    assert comparison.notes == ()
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "log").write_text("said")
+    report.write_report(comparison, tmp_path / "report", tmp_path / "left")
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert text.count("<svg") == 1
+    assert "Latency with a tool" in text
+    assert "1.25 times faster per token" in text
+    assert (tmp_path / "report" / "runs" / "log").read_text() == "said"
 
 
 def test_order_of_rounds_is_abba(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +219,7 @@ def test_unequal_work_is_said() -> None:
     assert compare._notes(make_rounds(1.0)) == ()
 
 
+TIMED = ("ttft_ms", "inter_token_ms", "latency_ms", "tokens_per_s")  # by this package's own client
 FACTS = {
     "layers": 16,
     "attention_layers": 16,
@@ -175,7 +235,9 @@ FACTS = {
 def comparison() -> compare.Comparison:
     rounds = make_rounds(0.5)
     return compare.Comparison(
-        rows=tuple(compare.row(rounds, metric, 1, 0) for metric in compare.METRICS),
+        method="through Triton",
+        how="12 rounds.",
+        rows=tuple(compare.row(rounds, metric, 1, 0) for metric in TIMED),
         inter_token_ms={s: compare._values(rounds, s, 1, "inter_token_ms") for s in compare.SIDES},
         notes=("Outputs <differ>.",),
         settings={"prompts": 3, "max_tokens": 16, "concurrency": [1], "rounds": 12, "seed": 0},
@@ -211,7 +273,7 @@ def test_page_is_self_contained(comparison: compare.Comparison, tmp_path: Path) 
     assert "Outputs &lt;differ&gt;." in text
     assert "all-reduces per token" in text
     values = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert [row["metric"] for row in values["rows"]] == list(compare.METRICS)
+    assert [row["metric"] for row in values["rows"]] == list(TIMED)
     with pytest.raises(UserError, match="exists; remove it"):
         report.write_report(comparison, tmp_path / "report")
 

@@ -1,30 +1,27 @@
 """Baseline against candidate: the same prompts, in interleaved rounds, as distributions and ratios.
 
 Rounds alternate ABBA, so a drift of the machine meets both alike. Within a round `concurrency` clients
-work through the prompts, each sending its next request when the last has ended (closed loop).
+work through the prompts, each sending its next request when the last has ended (closed loop). A round is
+timed by this package's client through Triton, by aiperf through Triton, or by trtllm-bench without it.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from triton_repo.client import Endpoint, RequestTiming, measure
+from triton_repo.client import Endpoint, measure
+from triton_repo.rounds import METRICS, SIDES, AnyRound, RecordedRound, Round, Row, row
 
 VERSION = 1
-SIDES = ("baseline", "candidate")
-METRICS = {
-    "ttft_ms": "time to first token",
-    "inter_token_ms": "inter-token latency",
-    "latency_ms": "request latency",
-    "tokens_per_s": "tokens/s",
-}
-RESAMPLES = 2000
+PACKAGES = ("tensorrt_llm", "torch", "tritonclient")
+MIN_ROUNDS = 5  # 2 ** (1 - 5) is near 0.05
 DEFAULT_PROMPTS = (
     "def main(argv=None):\n",
     "import os\nimport sys\n\n",
@@ -34,73 +31,25 @@ DEFAULT_PROMPTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
-    """All requests of one side in one round."""
-
-    side: str
-    concurrency: int
-    wall_s: float
-    timings: tuple[RequestTiming, ...]
-
-    def samples(self, metric: str) -> list[float]:
-        """The round's values of a metric, in ms or tokens/s (one value: the round's throughput)."""
-        if metric == "ttft_ms":
-            return [1e3 * t.ttft_s for t in self.timings]
-        if metric == "inter_token_ms":
-            return [1e3 * x for t in self.timings for x in t.inter_token_s]
-        if metric == "latency_ms":
-            return [1e3 * t.latency_s for t in self.timings]
-        return [sum(t.num_chunks for t in self.timings) / self.wall_s]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """Of all values of a metric."""
-
-    p50: float
-    p90: float
-    p99: float
-    mean: float
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """candidate / baseline of the medians, with the 95% bootstrap interval over rounds."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def differs(self) -> bool:
-        """Whether the interval leaves 1 out."""
-        return not self.low <= 1 <= self.high
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One metric at one concurrency."""
-
-    metric: str
-    concurrency: int
-    baseline: Statistics
-    candidate: Statistics
-    ratio: Ratio
-
-
-@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Everything the report shows."""
 
+    method: str  # "through Triton", ...
+    how: str  # the rounds, in a sentence
     rows: tuple[Row, ...]
-    inter_token_ms: dict[str, list[float]]  # all values of each side at the first concurrency
+    inter_token_ms: dict[str, list[float]]  # all values of each side at the first concurrency, or none
     notes: tuple[str, ...]
     settings: dict[str, Any]
     baseline_facts: dict[str, Any] | None
     candidate_facts: dict[str, Any] | None
     quality: dict[str, Any] | None
     hardware: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)  # of this machine's packages
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that were measured, in their order."""
+        return tuple(m for m in METRICS if any(row.metric == m for row in self.rows))
 
     def row(self, metric: str, concurrency: int) -> Row:
         return next(r for r in self.rows if (r.metric, r.concurrency) == (metric, concurrency))
@@ -129,20 +78,23 @@ def compare(
     Raises UserError where a server fails.
     """
     ends = dict(zip(SIDES, (baseline, candidate), strict=True))
-    measured: list[Round] = []
-    for level in concurrency:
-        for end in (*ends.values(), *ends.values()):  # warm-up, not counted
-            _run_round("", end, prompts, max_tokens, level)
-        for number in range(rounds):
-            progress(f"concurrency {level}, round {number + 1} of {rounds}")
-            order = SIDES if number % 2 == 0 else SIDES[::-1]
-            measured += [_run_round(side, ends[side], prompts, max_tokens, level) for side in order]
-    from engines import hardware
 
-    return Comparison(
-        rows=tuple(row(measured, metric, level, seed) for level in concurrency for metric in METRICS),
-        inter_token_ms={side: _values(measured, side, concurrency[0], "inter_token_ms") for side in SIDES},
-        notes=_notes(measured),
+    def warm_up(level: int) -> None:
+        for end in (*ends.values(), *ends.values()):
+            _run_round("", end, prompts, max_tokens, level)
+
+    measured = interleave(
+        lambda side, level, _: _run_round(side, ends[side], prompts, max_tokens, level),
+        concurrency,
+        rounds,
+        warm_up=warm_up,
+        progress=progress,
+    )
+    return assemble(
+        measured,
+        method="through Triton",
+        how=f"{rounds} interleaved rounds a side and level (ABBA) of {len(prompts)} prompts, {max_tokens} "
+        "tokens each, greedy, closed loop, after two warm-up rounds.",
         settings={
             "prompts": len(prompts),
             "max_tokens": max_tokens,
@@ -153,8 +105,69 @@ def compare(
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
         quality=quality,
-        hardware={**hardware.cpu(), "gpus": [asdict(gpu) for gpu in hardware.gpus()]},
     )
+
+
+def interleave(
+    run: Callable[[str, int, int], AnyRound],
+    levels: Sequence[int],
+    rounds: int,
+    *,
+    warm_up: Callable[[int], None] = lambda level: None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[AnyRound]:
+    """`run(side, level, number)` for `rounds` rounds a side at each level, the sides ABBA."""
+    measured: list[AnyRound] = []
+    for level in levels:
+        warm_up(level)
+        for number in range(rounds):
+            progress(f"concurrency {level}, round {number + 1} of {rounds}")
+            order = SIDES if number % 2 == 0 else SIDES[::-1]
+            measured += [run(side, level, number) for side in order]
+    return measured
+
+
+def assemble(
+    rounds: Sequence[AnyRound],
+    *,
+    method: str,
+    how: str,
+    settings: dict[str, Any],
+    notes: Sequence[str] = (),
+    baseline_facts: dict[str, Any] | None = None,
+    candidate_facts: dict[str, Any] | None = None,
+    quality: dict[str, Any] | None = None,
+) -> Comparison:
+    """The comparison that measured rounds make; `settings` has concurrency, rounds and seed."""
+    from engines import hardware
+
+    levels, seed = settings["concurrency"], settings["seed"]
+    metrics = [m for m in METRICS if all(r.samples(m) for r in rounds)]
+    samples = {side: _values(rounds, side, levels[0], "inter_token_ms") for side in SIDES}
+    tools = any(isinstance(r, RecordedRound) for r in rounds)  # they tell a request's mean at best
+    return Comparison(
+        method=method,
+        how=how,
+        rows=tuple(row(rounds, metric, level, seed) for level in levels for metric in metrics),
+        inter_token_ms={} if tools else samples,
+        notes=(*notes, *_notes(rounds), *_few_rounds(settings["rounds"])),
+        settings=settings,
+        baseline_facts=baseline_facts,
+        candidate_facts=candidate_facts,
+        quality=quality,
+        hardware={**hardware.cpu(), "gpus": [asdict(gpu) for gpu in hardware.gpus()]},
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _run_round(side: str, endpoint: Endpoint, prompts: Sequence[str], max_tokens: int, level: int) -> Round:
@@ -164,57 +177,27 @@ def _run_round(side: str, endpoint: Endpoint, prompts: Sequence[str], max_tokens
     return Round(side=side, concurrency=level, wall_s=time.perf_counter() - start, timings=timings)
 
 
-def _values(rounds: Sequence[Round], side: str, level: int, metric: str) -> list[float]:
+def _values(rounds: Sequence[AnyRound], side: str, level: int, metric: str) -> list[float]:
     return [x for r in rounds if (r.side, r.concurrency) == (side, level) for x in r.samples(metric)]
 
 
-def row(rounds: Sequence[Round], metric: str, level: int, seed: int) -> Row:
-    """The statistics and the ratio of one metric at one concurrency."""
-    groups = {
-        side: [r.samples(metric) for r in rounds if (r.side, r.concurrency) == (side, level)]
-        for side in SIDES
-    }
-    return Row(
-        metric=metric,
-        concurrency=level,
-        baseline=statistics([x for g in groups["baseline"] for x in g]),
-        candidate=statistics([x for g in groups["candidate"] for x in g]),
-        ratio=ratio(groups["baseline"], groups["candidate"], seed),
-    )
-
-
-def statistics(values: Sequence[float]) -> Statistics:
-    """Percentiles by linear interpolation."""
-    p50, p90, p99 = (float(x) for x in np.percentile(values, (50, 90, 99)))
-    return Statistics(p50=p50, p90=p90, p99=p99, mean=float(np.mean(values)), count=len(values))
-
-
-def ratio(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], seed: int) -> Ratio:
-    """Ratio of medians and its percentile bootstrap interval.
-
-    Rounds run in pairs next to each other, so whole pairs are drawn with replacement: values within a
-    round are not independent, and a slow moment of the machine hits both of a pair.
-    """
-    sides = [[np.asarray(r) for r in side] for side in (baseline, candidate)]
-    count = min(map(len, sides))
-    generator = np.random.default_rng(seed)
-    draws = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        picked = generator.integers(0, count, count)
-        low, high = (np.median(np.concatenate([side[j] for j in picked])) for side in sides)
-        draws[i] = high / low
-    value = np.median(np.concatenate(sides[1])) / np.median(np.concatenate(sides[0]))
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return Ratio(value=float(value), low=float(low), high=float(high))
-
-
-def _notes(rounds: Sequence[Round]) -> tuple[str, ...]:
+def _notes(rounds: Sequence[AnyRound]) -> tuple[str, ...]:
     """What keeps the two sides from having done equal work."""
-    lengths = {side: {t.num_chunks for r in rounds if r.side == side for t in r.timings} for side in SIDES}
-    if lengths["baseline"] == lengths["candidate"] and len(lengths["baseline"]) == 1:
+    lengths = {side: sorted(x for r in rounds if r.side == side for x in r.lengths) for side in SIDES}
+    if lengths["baseline"] == lengths["candidate"]:
         return ()
-    means = {s: np.mean([t.num_chunks for r in rounds if r.side == s for t in r.timings]) for s in SIDES}
+    means = {side: np.mean(lengths[side]) for side in SIDES}
     return (
         f"Outputs differ in length: {means['baseline']:.1f} tokens a request from the baseline, "
         f"{means['candidate']:.1f} from the candidate. Request latency is not of equal work.",
+    )
+
+
+def _few_rounds(rounds: int) -> tuple[str, ...]:
+    """Of so few pairs all fall on one side by chance, and no resampling of them reaches the other."""
+    if rounds >= MIN_ROUNDS:
+        return ()
+    return (
+        f"With {rounds} rounds the interval is too narrow: equal sides would seem to differ in about 1 of "
+        f"{2 ** (rounds - 1)} comparisons, where 95% means 1 of 20. Give --rounds {MIN_ROUNDS} or more.",
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.errors import UserError
 from builder.storage import output_directory, write_json
-from triton_repo.compare import METRICS, SIDES, Comparison, Row
+from triton_repo.compare import Comparison
+from triton_repo.rounds import METRICS, SIDES, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +23,7 @@ SHORT = {
     "inter_token_ms": "inter-token, ms",
     "latency_ms": "request, ms",
     "tokens_per_s": "tokens/s",
+    "user_tokens_per_s": "tokens/s, one",
 }
 REMOVED = {
     "layers": "layers",
@@ -27,6 +31,15 @@ REMOVED = {
     "all_reduces_per_token": "all-reduces per token",
     "kv_bytes_per_token": "KV cache bytes per token",
     "parameters": "parameters",
+}
+RAN = {
+    "engine": "engine",
+    "backend": "backend",
+    "dtype": "weights",
+    "tp_size": "tensor-parallel ranks",
+    "pp_size": "pipeline stages",
+    "tensorrt_llm": "built with TensorRT-LLM",
+    "built_on": "built on",
 }
 
 
@@ -54,7 +67,8 @@ def print_table(comparison: Comparison, console: Console) -> None:
             table.add_row(*first, side[:4], *numbers, "" if side == "baseline" else interval(row))
     console.print(table)
     for note in comparison.notes:
-        console.print(note)
+        console.print(note, highlight=False)
+    console.print(machine(comparison), style="dim", highlight=False)
     console.print(headline(comparison), style="bold")
 
 
@@ -84,10 +98,15 @@ def headline(comparison: Comparison) -> str:
     )
 
 
-def write_report(comparison: Comparison, directory: Path) -> None:
-    """Write report.json and report.html into the new directory. Raises UserError where it exists."""
+def write_report(comparison: Comparison, directory: Path, runs: Path | None = None) -> None:
+    """Write report.json and report.html into the new directory, and a copy of `runs`, what the tool left.
+
+    Raises UserError where the directory exists.
+    """
     html = render(comparison)
     with output_directory(directory) as partial:
+        if runs is not None:
+            shutil.copytree(runs, partial / "runs")
         write_json(partial / "report.json", comparison.to_dict())
         (partial / "report.html").write_text(html, encoding="utf-8")
 
@@ -104,8 +123,10 @@ def render(comparison: Comparison) -> str:
         c=comparison,
         headline=headline(comparison),
         levels=comparison.settings["concurrency"],
-        metrics=METRICS,
+        metrics={name: METRICS[name] for name in comparison.metrics},
         interval=interval,
+        ran=_ran(comparison),
+        machine=machine(comparison),
         removed=_removed(comparison),
         distribution=Markup(_distribution(comparison)),
         concurrency=Markup(_concurrency(comparison)),
@@ -116,9 +137,35 @@ def render(comparison: Comparison) -> str:
 def _removed(comparison: Comparison) -> list[tuple[str, int, int]]:
     """What the candidate has less of: name, baseline, candidate."""
     before, after = comparison.baseline_facts, comparison.candidate_facts
-    if before is None or after is None:
+    if before is None or after is None or not REMOVED.keys() <= before.keys() & after.keys():
         return []
     return [(text, before[key], after[key]) for key, text in REMOVED.items()]
+
+
+def _ran(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """What ran on each side: name, baseline, candidate. A server's own engine is not known."""
+    facts = [facts or {} for facts in (comparison.baseline_facts, comparison.candidate_facts)]
+    rows = [
+        (text, *(str(f[key]) if f.get(key) is not None else "" for f in facts)) for key, text in RAN.items()
+    ]
+    return [(text, before, after) for text, before, after in rows if before or after]
+
+
+def machine(comparison: Comparison) -> str:
+    """The machine that measured: CPU, GPUs with their clocks, packages."""
+    hardware = comparison.hardware
+    parts = [f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['machine']}"]
+    gpus = [_gpu(gpu) for gpu in hardware["gpus"]]
+    for text, same in groupby(gpus):
+        count = len(list(same))
+        parts.append(f"{count} x {text}" if count > 1 else text)
+    parts += [f"{name} {version}" for name, version in comparison.versions.items()]
+    return "; ".join(parts)
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    clock = f", {gpu['clock']} MHz after measuring" if gpu.get("clock") is not None else ""
+    return f"{gpu['name']} (driver {gpu['driver']}, SM clock at most {gpu['max_clock']} MHz{clock})"
 
 
 def _pyplot() -> Any:
@@ -153,9 +200,14 @@ def _axes(width: float = 6.0, height: float = 3.2) -> tuple[Any, Any]:
 
 
 def _distribution(comparison: Comparison) -> str:
-    """Share of tokens that came within a time, cut at the 99.5th percentile of the slower side."""
+    """Share of tokens that came within a time, cut at the 99.5th percentile of the slower side.
+
+    Empty where single values are not known.
+    """
     import numpy as np
 
+    if not comparison.inter_token_ms:
+        return ""
     figure, axes = _axes()
     limit = max(np.percentile(values, 99.5) for values in comparison.inter_token_ms.values())
     for side in SIDES:
@@ -167,7 +219,7 @@ def _distribution(comparison: Comparison) -> str:
 
 
 def _concurrency(comparison: Comparison) -> str:
-    """Median to 99th percentile of the inter-token latency at every concurrency."""
+    """Median to 99th percentile of the request latency at every concurrency."""
     figure, axes = _axes()
     levels = comparison.settings["concurrency"]
     for number, side in enumerate(SIDES):

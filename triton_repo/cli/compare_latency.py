@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +15,12 @@ from builder.options import DIRECTORY, JSON, emit
 
 if TYPE_CHECKING:
     from triton_repo.client import Endpoint
+    from triton_repo.compare import Comparison
+
+TRITON, BENCH = "triton", "trtllm-bench"
+DEFAULTS = {TRITON: {"concurrency": "1,2,4", "rounds": 8}, BENCH: {"concurrency": "1,32", "rounds": 3}}
+# Options of one way of measuring only.
+ONLY = {TRITON: ("prompts", "model", "load_generator"), BENCH: ("input_tokens", "num_requests")}
 
 
 @click.command("compare-latency")
@@ -22,64 +30,182 @@ if TYPE_CHECKING:
     "-o", "--output", type=DIRECTORY, required=True, help="Directory for report.json and report.html."
 )
 @click.option(
-    "--tokenizer", type=DIRECTORY, help="Hugging Face directory with tokenizer.json; engines need it."
+    "--via",
+    type=click.Choice([TRITON, BENCH]),
+    default=TRITON,
+    show_default=True,
+    help="trtllm-bench measures TensorRT-LLM's engine directories on this machine, without a server.",
+)
+@click.option(
+    "--tokenizer", type=DIRECTORY, help="Hugging Face directory of the model; engines and aiperf need it."
 )
 @click.option("--prompts", type=DIRECTORY, help="Text file with one prompt a line. Default: a few built in.")
-@click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--concurrency", default="1,2,4", show_default=True, help="Requests in flight, a list.")
+@click.option("--model", help="Model to ask at a URL. Default: ensemble, or tensorrt_llm of the LLM API.")
 @click.option(
-    "--rounds", type=click.IntRange(2), default=8, show_default=True, help="Interleaved rounds a level."
+    "--load-generator",
+    type=click.Choice(["built-in", "aiperf"]),
+    help="Who sends requests to Triton. Default: built-in.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option(
+    "--concurrency", help="Requests in flight, a list. Default: 1,2,4; trtllm-bench: 1,32. GPUs: try 1,32."
+)
+@click.option(
+    "--rounds", type=click.IntRange(2), help="Interleaved rounds a level. Default: 8; trtllm-bench: 3."
+)
+@click.option(
+    "--input-tokens", type=click.IntRange(1), help="Random prompt tokens of trtllm-bench. Default: 128."
+)
+@click.option(
+    "--num-requests",
+    type=click.IntRange(1),
+    help="Requests of a trtllm-bench round. Default: 32, or 4 times the concurrency.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap and random prompts.")
 @JSON
 def compare_latency(
-    baseline: str,
-    candidate: str,
-    output: Path,
-    tokenizer: Path | None,
-    prompts: Path | None,
-    max_tokens: int,
-    concurrency: str,
-    rounds: int,
-    seed: int,
-    as_json: bool,
+    baseline: str, candidate: str, output: Path, via: str, as_json: bool, **options: Any
 ) -> None:
-    """Measure CANDIDATE against BASELINE through Triton: two engines, or two URLs of running servers.
+    """Measure CANDIDATE against BASELINE: two engines, or two URLs of running Triton servers.
+
+    Embedded engines are served for the time of measuring. TensorRT-LLM's need a server that runs (deploy
+    starts one), or --via trtllm-bench, which takes their directories.
 
     \b
     Examples:
         ffn-fusion compare-latency engines/parent engines/fused --tokenizer model -o report
-        ffn-fusion compare-latency http://a:8000 http://b:8000 -o report
+        ffn-fusion compare-latency http://a:8000 http://b:8000 --concurrency 1,32 -o report
+        ffn-fusion compare-latency parent fused --via trtllm-bench --tokenizer model -o report
+        ffn-fusion compare-latency http://a http://b --load-generator aiperf --tokenizer model -o report
     """
     from rich.console import Console
 
-    from engines import manifest
-    from triton_repo import compare, report
+    from triton_repo import report
 
-    texts = read_prompts(prompts) if prompts else list(compare.DEFAULT_PROMPTS)
-    levels = parse_concurrency(concurrency)
+    for name in ONLY[BENCH if via == TRITON else TRITON]:
+        if options[name] is not None:
+            other = TRITON if via == BENCH else BENCH
+            raise click.UsageError(f"--{name.replace('_', '-')} belongs to --via {other}")
+    defaults = {name: value for name, value in DEFAULTS[via].items() if options[name] is None}
+    options.update(defaults, concurrency=parse_concurrency(str({**options, **defaults}["concurrency"])))
     report.check_output(output)
     with ExitStack() as stack:
-        ends = [_endpoint(stack, given, tokenizer) for given in (baseline, candidate)]
-        facts = [None if _is_url(x) else manifest.read(Path(x)).counts() for x in (baseline, candidate)]
-        status = stack.enter_context(Console(stderr=True).status("warming up"))
-        comparison = compare.compare(
-            *ends,
-            prompts=texts,
-            max_tokens=max_tokens,
-            concurrency=levels,
-            rounds=rounds,
-            seed=seed,
-            baseline_facts=facts[0],
-            candidate_facts=facts[1],
-            progress=status.update,
+        runs = (
+            stack.enter_context(_runs(output))
+            if via == BENCH or options["load_generator"] == "aiperf"
+            else None
         )
-    report.write_report(comparison, output)
+        if via == BENCH:
+            assert runs is not None, "made above"
+            comparison = _through_bench(stack, baseline, candidate, runs, **options)
+        else:
+            comparison = _through_triton(stack, baseline, candidate, runs, **options)
+        report.write_report(comparison, output, runs)
     if as_json:
         emit(comparison.to_dict(), True, "")
         return
     report.print_table(comparison, Console())
     click.echo(f"{output / 'report.html'}")
+
+
+def _through_triton(
+    stack: ExitStack,
+    baseline: str,
+    candidate: str,
+    runs: Path | None,
+    *,
+    tokenizer: Path | None,
+    prompts: Path | None,
+    model: str | None,
+    load_generator: str | None,
+    input_tokens: int | None,
+    num_requests: int | None,
+    **options: Any,
+) -> Comparison:
+    from triton_repo import aiperf, compare
+
+    if model is not None and not (_is_url(baseline) or _is_url(candidate)):
+        raise click.UsageError("--model is for URLs; engines are served as ensemble")
+    options["prompts"] = read_prompts(prompts) if prompts else list(compare.DEFAULT_PROMPTS)
+    if load_generator == "aiperf":
+        if tokenizer is None:
+            raise click.UsageError("--load-generator aiperf needs --tokenizer DIR")
+        aiperf.find()
+    ends = [_endpoint(stack, given, tokenizer, model) for given in (baseline, candidate)]
+    options.update(_facts(baseline, candidate), progress=_progress(stack, "warming up"))
+    if runs is None:
+        return compare.compare(*ends, **options)
+    assert tokenizer is not None, "checked above"
+    return aiperf.compare(*ends, tokenizer=tokenizer, runs=runs, **options)
+
+
+def _through_bench(
+    stack: ExitStack,
+    baseline: str,
+    candidate: str,
+    runs: Path | None,
+    *,
+    prompts: None,
+    model: None,
+    load_generator: None,
+    input_tokens: int | None,
+    **options: Any,
+) -> Comparison:
+    from triton_repo.bench_comparison import compare_engines
+
+    assert runs is not None, "made by the command"
+    for given in (baseline, candidate):
+        if _is_url(given):
+            raise UserError(f"{given}: --via trtllm-bench takes engine directories; leave --via out for URLs")
+    return compare_engines(
+        Path(baseline),
+        Path(candidate),
+        runs=runs,
+        input_tokens=input_tokens or 128,
+        progress=_progress(stack, "loading engines"),
+        **_facts(baseline, candidate),
+        **options,
+    )
+
+
+@contextmanager
+def _runs(output: Path) -> Iterator[Path]:
+    """A directory beside the output for what a tool writes; it stays when the block fails."""
+    directory = output.absolute().parent / f".{output.name}.runs"
+    if not directory.parent.is_dir():
+        raise UserError(f"{directory.parent}: no such directory; create it first")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    yield directory
+    shutil.rmtree(directory)
+
+
+def _progress(stack: ExitStack, text: str) -> Any:
+    from rich.console import Console
+
+    return stack.enter_context(Console(stderr=True).status(text)).update
+
+
+def _facts(*given: str) -> dict[str, Any]:
+    """What is known of both sides: of an engine all that its manifest says, of a URL itself."""
+    return dict(zip(("baseline_facts", "candidate_facts"), map(_side, given), strict=True))
+
+
+def _side(given: str) -> dict[str, Any]:
+    from engines import manifest
+
+    if _is_url(given):
+        return {"engine": given}
+    contract = manifest.read(Path(given))
+    gpus = contract.hardware.get("gpus") or [{"name": contract.hardware.get("cpu")}]
+    return {
+        **contract.counts(),
+        "engine": given,
+        "backend": contract.backend,
+        "pp_size": contract.pp_size,
+        "tensorrt_llm": contract.compiler.get("tensorrt_llm"),
+        "built_on": gpus[0]["name"],
+    }
 
 
 def parse_concurrency(text: str) -> tuple[int, ...]:
@@ -107,16 +233,22 @@ def _is_url(given: str) -> bool:
     return given.startswith(("http://", "https://"))
 
 
-def _endpoint(stack: ExitStack, given: str, tokenizer: Path | None) -> Endpoint:
-    """A running endpoint: the URL given, or a server started for the engine given."""
+def _endpoint(stack: ExitStack, given: str, tokenizer: Path | None, model: str | None) -> Endpoint:
+    """A running endpoint: the URL given, or a server started for the embedded engine given."""
     import tempfile
 
-    from triton_repo.client import Endpoint
+    from engines import manifest
+    from triton_repo.client import Endpoint, discover
     from triton_repo.repository import write_repository
     from triton_repo.server import Server
 
     if _is_url(given):
-        return Endpoint(given.rstrip("/"))
+        return discover(given, model)
+    backend = manifest.read(Path(given)).backend
+    if backend != "embedded":
+        raise UserError(
+            f"{given}: backend {backend}; serve it (deploy) and give the server's URL, or add --via {BENCH}"
+        )
     if tokenizer is None:
         raise click.UsageError("engines need --tokenizer DIR")
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
