@@ -36,5 +36,5 @@ class Deployment:
 
     @property
     def text_model(self) -> str:
-        """The model that takes text and gives text."""
-        return TEXT_MODELS[self.flavour]
+        """The model that takes text and gives text; with a draft, the one that uses it."""
+        return "tensorrt_llm_bls" if self.flavour == "engine" and self.draft else TEXT_MODELS[self.flavour]

@@ -1,0 +1,1 @@
+"""What starts a GPU deployment: commands, containers, Kubernetes manifests and their monitoring."""
