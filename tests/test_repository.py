@@ -14,6 +14,7 @@ from builder import tokenizer as tokenizers
 from builder.errors import UserError
 from engines.manifest import Manifest
 from triton_repo import pbtxt, repository
+from triton_repo.flavours import embedded, text
 
 GOLDEN_POSTPROCESSING = """\
 name: "postprocessing"
@@ -116,21 +117,21 @@ def test_repository_layout(engine: Path, tiny_hf: Path, tmp_path: Path) -> None:
     assert [f for f in files if f.count("/") == 2] == [
         "postprocessing/1/model.py",
         "preprocessing/1/model.py",
+        "tensorrt_llm/1/cancellation.py",
         "tensorrt_llm/1/model.py",
     ]
     assert "ensemble/1" in files
     for name in ("ensemble", "preprocessing", "tensorrt_llm", "postprocessing"):
-        text = (tmp_path / "r" / name / "config.pbtxt").read_text()
-        assert "${" not in text
-        assert parse(text).name == name
+        written = (tmp_path / "r" / name / "config.pbtxt").read_text()
+        assert "${" not in written
+        assert parse(written).name == name
     assert parse(
         (tmp_path / "r" / "tensorrt_llm" / "config.pbtxt").read_text()
     ).model_transaction_policy.decoupled
 
 
 def test_postprocessing_config() -> None:
-    text = pbtxt.text(repository.postprocessing(Path("/models/parent")))
-    assert parse(text) == parse(GOLDEN_POSTPROCESSING)
+    assert parse(pbtxt.text(text.postprocessing(Path("/models/parent")))) == parse(GOLDEN_POSTPROCESSING)
 
 
 def test_ensemble_wires_every_tensor() -> None:
@@ -138,17 +139,17 @@ def test_ensemble_wires_every_tensor() -> None:
     models = {
         m.name: m
         for m in (
-            repository.preprocessing(Path("t")),
-            repository.tensorrt_llm(Path("e"), Path("t")),
-            repository.postprocessing(Path("t")),
+            text.preprocessing(Path("t")),
+            embedded.tensorrt_llm(Path("e"), Path("t")),
+            text.postprocessing(Path("t")),
         )
     }
-    whole = repository.ensemble()
+    whole = text.ensemble(models["tensorrt_llm"])
     made = {t.name for t in whole.inputs}
     used = set()
     for step in whole.steps:
         model = models[step.model]
-        assert set(step.inputs) == {t.name for t in model.inputs}
+        assert {t.name for t in model.inputs} - set(step.inputs) <= {"stop"}  # for other models, not clients
         assert set(step.outputs) == {t.name for t in model.outputs}
         assert set(step.inputs.values()) <= made
         used |= set(step.inputs.values())
@@ -165,8 +166,8 @@ def test_no_tokenizer(engine: Path, tmp_path: Path) -> None:
 
 def test_other_backends_are_refused(engine: Path, tiny_hf: Path, tmp_path: Path) -> None:
     config = json.loads((engine / "config.json").read_text())
-    (engine / "config.json").write_text(json.dumps({**config, "backend": "tensorrt-llm"}))
-    with pytest.raises(UserError, match="backend is not embedded"):
+    (engine / "config.json").write_text(json.dumps({**config, "backend": "tensorrt-lm"}))
+    with pytest.raises(UserError, match="backend 'tensorrt-lm' is not known"):
         repository.write_repository(engine, tiny_hf, tmp_path / "r")
 
 
@@ -206,7 +207,7 @@ def test_stop_words_have_tensorrt_llms_layout(text_models) -> None:
     pre, _ = text_models
     expected = np.array([[[5, 6, 7, 9], [3, 4, -1, -1]]], np.int32)
     assert np.array_equal(pre.word_list([[5, 6, 7], [9]]), expected)
-    assert np.array_equal(pre.word_list([]), np.full((1, 2, 1), -1, np.int32))
+    assert np.array_equal(pre.word_list([]), np.empty((1, 2, 0), np.int32))
 
 
 def test_end_ids(text_models, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from builder.errors import UserError
+from triton_repo.dialect import ENGINE, LLMAPI, Dialect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +33,12 @@ class RequestTiming:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind a Triton server's HTTP address."""
+    """A model behind a Triton server's HTTP address; `discover` asks the server which one."""
 
     url: str
-    model: str = "ensemble"
+    model: str = ENGINE.model
     timeout_s: float = 120.0
+    dialect: Dialect = ENGINE
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -43,20 +46,49 @@ class Endpoint:
             raise UserError(f"url: {self.url!r} is no http:// address; give e.g. http://127.0.0.1:8000")
 
 
+def discover(url: str, model: str | None = None) -> Endpoint:
+    """The text model of a server, in the dialect that it speaks.
+
+    Raises UserError where the server does not answer or has no model that takes text.
+    """
+    url = url.rstrip("/")
+    for name in [model] if model else [ENGINE.model, LLMAPI.model]:
+        inputs = _inputs(Endpoint(url, name))
+        if inputs is None:
+            continue
+        for dialect in (ENGINE, LLMAPI):
+            if {"text_input", dialect.max_tokens} <= inputs:
+                return Endpoint(url, name, dialect=dialect)
+    wanted = model or f"{ENGINE.model} or {LLMAPI.model}"
+    raise UserError(f"{url}: serves no {wanted} that takes text; deploy a repository there")
+
+
+def _inputs(endpoint: Endpoint) -> set[str] | None:
+    """Names of the model's inputs; None where the server has no such model."""
+    with _request(endpoint, "GET", "") as response:
+        body = response.read()
+        if response.status != 200:
+            return None
+    try:
+        return {tensor["name"] for tensor in json.loads(body)["inputs"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{endpoint.url}: is no Triton server; give the HTTP address of one") from None
+
+
 @contextmanager
-def _post(endpoint: Endpoint, verb: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
+def _request(
+    endpoint: Endpoint, method: str, verb: str, body: dict[str, Any] | None = None
+) -> Iterator[http.client.HTTPResponse]:
     """One request on a connection of its own: a kept one would delay the server's shutdown."""
     parts = urlsplit(endpoint.url)
     connection = http.client.HTTPConnection(
         parts.hostname or "", parts.port or 80, timeout=endpoint.timeout_s
     )
-    path = f"{parts.path.rstrip('/')}/v2/models/{endpoint.model}/{verb}"
+    path = f"{parts.path.rstrip('/')}/v2/models/{endpoint.model}{verb}"
     try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise UserError(f"{endpoint.url}: {_error(response.read())} (HTTP {response.status})")
-        yield response
+        sent = None if body is None else json.dumps(body)
+        connection.request(method, path, sent, {"Content-Type": "application/json"})
+        yield connection.getresponse()
     except TimeoutError:
         raise UserError(f"{endpoint.url}: no answer within {endpoint.timeout_s:.0f} s") from None
     except ConnectionRefusedError:
@@ -65,6 +97,14 @@ def _post(endpoint: Endpoint, verb: str, body: dict[str, Any]) -> Iterator[http.
         raise UserError(f"{endpoint.url}: the server broke off ({error or type(error).__name__})") from None
     finally:
         connection.close()
+
+
+@contextmanager
+def _post(endpoint: Endpoint, verb: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
+    with _request(endpoint, "POST", f"/{verb}", body) as response:
+        if response.status != 200:
+            raise UserError(f"{endpoint.url}: {_error(response.read())} (HTTP {response.status})")
+        yield response
 
 
 def _error(body: bytes) -> str:
@@ -87,33 +127,45 @@ def _event(endpoint: Endpoint, data: bytes) -> str:
 
 def generate(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> str:
     """The whole continuation of `prompt`. Raises UserError naming the server."""
-    with _post(
-        endpoint, "generate", {"text_input": prompt, "max_tokens": max_tokens, **sampling}
-    ) as response:
+    body = endpoint.dialect.body(prompt, max_tokens, False, sampling)
+    with _post(endpoint, "generate", body) as response:
         return _event(endpoint, response.read())
 
 
 def stream(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> Iterator[str]:
     """The continuation as it comes, a piece a token; pieces may be empty."""
-    body = {"text_input": prompt, "max_tokens": max_tokens, "stream": True, **sampling}
+    body = endpoint.dialect.body(prompt, max_tokens, True, sampling)
+    body["id"] = uuid.uuid4().hex  # by which postprocessing knows what came before a piece
     with _post(endpoint, "generate_stream", body) as response:
-        for line in response:
-            if line.startswith(b"data:"):
-                yield _event(endpoint, line[5:])
+        events = (_event(endpoint, line[5:]) for line in response if line.startswith(b"data:"))
+        yield from pieces(events, endpoint.dialect, endpoint.url)
+
+
+def pieces(texts: Iterator[str], dialect: Dialect, url: str) -> Iterator[str]:
+    """What each streamed text adds. Raises UserError where a whole text does not begin as the last did."""
+    if not dialect.cumulative:
+        yield from texts
+        return
+    shown = ""
+    for text in texts:
+        if not text.startswith(shown):
+            raise UserError(f"{url}: streamed text changed what it had said before; is model.py ours?")
+        yield text[len(shown) :]
+        shown = text
 
 
 def measure(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> RequestTiming:
     """Stream one request and time its chunks."""
     start = time.perf_counter()
-    times, pieces = [], []
+    times, texts = [], []
     for piece in stream(endpoint, prompt, max_tokens=max_tokens, **sampling):
         times.append(time.perf_counter())
-        pieces.append(piece)
+        texts.append(piece)
     if not times:
         raise UserError(f"{endpoint.url}: the stream ended without a token")
     return RequestTiming(
         ttft_s=times[0] - start,
         inter_token_s=tuple(b - a for a, b in pairwise(times)),
         latency_s=times[-1] - start,
-        text="".join(pieces),
+        text="".join(texts),
     )

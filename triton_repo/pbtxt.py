@@ -1,8 +1,10 @@
-"""config.pbtxt from typed data, through Triton's own protobuf, so that what is written can be read."""
+"""config.pbtxt from typed data and read back, through Triton's own protobuf."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from builder.errors import UserError
@@ -42,7 +44,10 @@ class Batching:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One model of a repository, an ensemble where it has steps."""
+    """One model of a repository, an ensemble where it has steps.
+
+    `code` names files of `triton_repo.models`; the first is the model, the others are imported by it.
+    """
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -54,6 +59,33 @@ class Model:
     decoupled: bool = False
     parameters: dict[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
+    code: tuple[str, ...] = ()
+
+
+_PLACEHOLDER = re.compile(r"\$\{\w*\}")
+
+
+def read(file: Path) -> Any:
+    """The ModelConfig message of a config.pbtxt. Raises UserError naming the place that cannot be read."""
+    from google.protobuf import text_format
+
+    written = file.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(written.splitlines(), 1):
+        found = _PLACEHOLDER.search(line)
+        if found:
+            raise UserError(f"{file}: line {number} holds the placeholder {found[0]}; fill it in")
+    try:
+        return text_format.Parse(written, _messages().ModelConfig())
+    except text_format.ParseError as error:
+        raise UserError(f"{file}: {error}; write the repository again with deploy") from None
+
+
+def _messages() -> Any:
+    try:
+        from tritonclient.grpc import model_config_pb2
+    except ModuleNotFoundError:
+        raise UserError("tritonclient is missing; pip install 'ffn-fusion[triton]'") from None
+    return model_config_pb2
 
 
 def text(model: Model) -> str:
@@ -68,20 +100,17 @@ def text(model: Model) -> str:
 
 
 def _message(model: Model) -> Any:
-    try:
-        from tritonclient.grpc import model_config_pb2
-    except ModuleNotFoundError:
-        raise UserError("tritonclient is missing; pip install 'ffn-fusion[triton]'") from None
-    config = model_config_pb2.ModelConfig(name=model.name, max_batch_size=model.max_batch_size)
+    messages = _messages()
+    config = messages.ModelConfig(name=model.name, max_batch_size=model.max_batch_size)
     for tensor in model.inputs:
         entry = config.input.add(name=tensor.name, dims=tensor.dims, optional=tensor.optional)
-        entry.data_type = model_config_pb2.DataType.Value(f"TYPE_{tensor.data_type}")
+        entry.data_type = messages.DataType.Value(f"TYPE_{tensor.data_type}")
         entry.allow_ragged_batch = tensor.ragged
         if tensor.scalar:
             entry.reshape.SetInParent()
     for tensor in model.outputs:
         output = config.output.add(name=tensor.name, dims=tensor.dims)
-        output.data_type = model_config_pb2.DataType.Value(f"TYPE_{tensor.data_type}")
+        output.data_type = messages.DataType.Value(f"TYPE_{tensor.data_type}")
     for key, value in model.parameters.items():
         config.parameters[key].string_value = value
     if model.steps:
@@ -97,6 +126,6 @@ def _message(model: Model) -> Any:
         batching.preferred_batch_size.append(model.max_batch_size)
         batching.max_queue_delay_microseconds = model.batching.max_queue_delay_us
         batching.default_queue_policy.max_queue_size = model.batching.max_queue_size
-    config.instance_group.add(count=model.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    config.instance_group.add(count=model.instances, kind=messages.ModelInstanceGroup.KIND_CPU)
     config.model_transaction_policy.decoupled = model.decoupled
     return config

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import UserError
+from triton_repo import rules
+from triton_repo.dialect import ENGINE, LLMAPI
 
 HOST = "127.0.0.1"
-MODELS = ("preprocessing", "tensorrt_llm", "postprocessing", "ensemble")  # steps before the ensemble
 EXIT_TIMEOUT_S = 5
 SHM = Path("/dev/shm")
 
@@ -61,19 +62,21 @@ class Server:
 
     def __enter__(self) -> Server:
         binary = find_tritonserver()
-        for name in MODELS:
-            if not (self.repository / name / "config.pbtxt").is_file():
+        configs = rules.check(self.repository)
+        for name, config in configs.items():
+            if config.platform != "ensemble" and config.backend != "python":
                 raise UserError(
-                    f"{self.repository / name}: has no config.pbtxt; write the repository with deploy"
+                    f"{self.repository / name}: needs the backend {config.backend}, which is not here; "
+                    "start it in a TensorRT-LLM container"
                 )
         self.port, grpc, metrics = _ports(self._http_port)
-        self.url = f"http://{HOST}:{self.port}"
+        self.url, self.grpc_address = f"http://{HOST}:{self.port}", f"{HOST}:{grpc}"
         self._scratch = Path(tempfile.mkdtemp(prefix="ffn-fusion-triton-"))
         try:
             self.log = self._scratch / "server.log"
             backends = _backend_directory(binary, self._scratch)
             self._start(binary, backends, (self.port, grpc, metrics))
-            self._load_models()
+            self._load_models(configs)
             assert self._process is not None, "started"
             self._family = _descendants(self._process.pid)  # of a killed server they cannot be found later
         except BaseException:
@@ -114,16 +117,18 @@ class Server:
                 start_new_session=True,
             )
 
-    def _load_models(self) -> None:
+    def _load_models(self, configs: dict[str, Any]) -> None:
         deadline = time.monotonic() + self.start_timeout_s
         while self._request("GET", "/v2/health/live", deadline)[0] != 200:
             time.sleep(0.05)
-        for name in MODELS:
+        steps_first = sorted(configs, key=lambda name: (configs[name].platform == "ensemble", name))
+        for name in steps_first:
             status, body = self._request("POST", f"/v2/repository/models/{name}/load", deadline)
             if status != 200:
                 raise UserError(f"{self.repository / name}: Triton does not load it: {_reason(body)}")
-        body = json.dumps({"text_input": "a", "max_tokens": 1}).encode()
-        status, answer = self._request("POST", "/v2/models/ensemble/generate", deadline, body)
+        dialect = ENGINE if ENGINE.model in configs else LLMAPI
+        body = json.dumps(dialect.body("a", 1, False, {})).encode()
+        status, answer = self._request("POST", f"/v2/models/{dialect.model}/generate", deadline, body)
         if status != 200 or b'"error"' in answer:
             raise UserError(f"{self.repository}: the first token did not come: {_reason(answer)}")
 

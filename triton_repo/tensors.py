@@ -1,11 +1,16 @@
 """The tensors of TensorRT-LLM's Triton models, engine flavour: names and types up to 1.2.
 
-From triton_backend/all_models/inflight_batcher_llm. A client's name, and the one it becomes inside.
+From triton_backend/all_models/inflight_batcher_llm. Left out is what a text-only decoder has no use for:
+encoders, images, cross attention, prompt tables, and embedding biases.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from triton_repo.pbtxt import Tensor
+
+Row = tuple[str, str, tuple[int, ...]]  # name inside, type, dims
 
 # What a client may send beside text_input and max_tokens, and the tensorrt_llm input it becomes.
 SAMPLING = {
@@ -24,14 +29,58 @@ SAMPLING = {
     "return_log_probs": ("return_log_probs", "BOOL"),
     "return_context_logits": ("return_context_logits", "BOOL"),
     "return_generation_logits": ("return_generation_logits", "BOOL"),
+    "return_perf_metrics": ("return_perf_metrics", "BOOL"),
+    "return_num_input_tokens": ("return_num_input_tokens", "BOOL"),
+    "return_num_output_tokens": ("return_num_output_tokens", "BOOL"),
     "exclude_input_in_output": ("exclude_input_in_output", "BOOL"),
 }
-# The others go through preprocessing.
-WORDS = {
+# These go through preprocessing.
+WORDS: dict[str, Row] = {
     "bad_words": ("BAD_WORDS_DICT", "STRING", (-1,)),
     "stop_words": ("STOP_WORDS_DICT", "STRING", (-1,)),
     "end_id": ("END_ID", "INT32", (1,)),
     "pad_id": ("PAD_ID", "INT32", (1,)),
+}
+# What preprocessing makes, and the tensorrt_llm input it becomes.
+PREPROCESSED: dict[str, Row] = {
+    "INPUT_ID": ("input_ids", "INT32", (-1,)),
+    "REQUEST_INPUT_LEN": ("input_lengths", "INT32", (1,)),
+    "REQUEST_OUTPUT_LEN": ("request_output_len", "INT32", (1,)),
+    "BAD_WORDS_IDS": ("bad_words_list", "INT32", (2, -1)),
+    "STOP_WORDS_IDS": ("stop_words_list", "INT32", (2, -1)),
+    "OUT_END_ID": ("end_id", "INT32", (1,)),
+    "OUT_PAD_ID": ("pad_id", "INT32", (1,)),
+}
+# These have one name everywhere, and only TensorRT-LLM's own backend knows them.
+ADAPTERS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "lora_task_id": ("UINT64", (1,)),
+    "lora_weights": ("FP16", (-1, -1)),
+    "lora_config": ("INT32", (-1, 3)),
+    "guided_decoding_guide_type": ("STRING", (1,)),
+    "guided_decoding_guide": ("STRING", (1,)),
+}
+# Of the client of tensorrt_llm_bls alone: drafts of another model.
+DRAFT = {"num_draft_tokens": ("INT32", (1,)), "use_draft_logits": ("BOOL", (1,))}
+# What tensorrt_llm answers beside output_ids and sequence_length; the client gets it under the same name.
+ANSWERS = {
+    "cum_log_probs": ("FP32", (-1,)),
+    "output_log_probs": ("FP32", (-1, -1)),
+    "context_logits": ("FP32", (-1, -1)),
+    "generation_logits": ("FP32", (-1, -1, -1)),
+    "batch_index": ("INT32", (1,)),
+    "sequence_index": ("INT32", (1,)),
+    "kv_cache_alloc_new_blocks": ("INT32", (1,)),
+    "kv_cache_reused_blocks": ("INT32", (1,)),
+    "kv_cache_alloc_total_blocks": ("INT32", (1,)),
+    "arrival_time_ns": ("INT64", (1,)),
+    "first_scheduled_time_ns": ("INT64", (1,)),
+    "first_token_time_ns": ("INT64", (1,)),
+    "last_token_time_ns": ("INT64", (1,)),
+    "acceptance_rate": ("FP32", (1,)),
+    "total_accepted_draft_tokens": ("INT32", (1,)),
+    "total_draft_tokens": ("INT32", (1,)),
+    "num_input_tokens": ("INT32", (1,)),
+    "num_output_tokens": ("INT32", (1,)),
 }
 
 
@@ -44,5 +93,15 @@ def client_inputs() -> tuple[Tensor, ...]:
     return (
         Tensor(name="text_input", data_type="STRING"),
         Tensor(name="max_tokens", data_type="INT32"),
-        *(Tensor(name=n, data_type=t, dims=dims, optional=True) for n, (t, dims) in optional.items()),
+        *optional_tensors(optional),
     )
+
+
+def optional_tensors(table: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[Tensor, ...]:
+    """Inputs that may be left out."""
+    return tuple(Tensor(name=n, data_type=t, dims=d, optional=True) for n, (t, d) in table.items())
+
+
+def answers() -> tuple[Tensor, ...]:
+    """The outputs of `ANSWERS`."""
+    return tuple(Tensor(name=n, data_type=t, dims=d) for n, (t, d) in ANSWERS.items())

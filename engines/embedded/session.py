@@ -19,7 +19,7 @@ __all__ = ["EngineError", "Generation", "Output", "Request", "Session"]
 
 _END_S = 4.0  # for the ranks to end by themselves, after which they are killed
 
-Outputs = queue.SimpleQueue[Output | EngineError]
+Outputs = queue.SimpleQueue[Output | EngineError | None]  # None ends a wait for what was cancelled
 
 
 class Generation(Iterator[Output]):
@@ -33,6 +33,8 @@ class Generation(Iterator[Output]):
         if self._done:
             raise StopIteration
         output = self._outputs.get()
+        if output is None:
+            raise StopIteration
         if isinstance(output, EngineError):
             self._done = True
             raise EngineError(*output.args)
@@ -40,10 +42,11 @@ class Generation(Iterator[Output]):
         return output
 
     def close(self) -> None:
-        """Stop the work on this request within one step."""
+        """Stop the work on this request within one step; a thread that waits for outputs gets no more."""
         if not self._done:
             self._done = True
             self._session._cancel(self._request_id)
+            self._outputs.put(None)
 
     def __del__(self) -> None:
         self.close()

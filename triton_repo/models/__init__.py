@@ -1,1 +1,4 @@
-"""The model files of a repository, each copied there as `1/model.py`."""
+"""The model files of a repository: `Model.code` names those that are copied into a model's `1/`.
+
+The first becomes model.py; the others keep their names and are imported by it.
+"""

@@ -1,6 +1,11 @@
-"""Triton's Python backend: tokens to text, so that streamed pieces join to the whole text."""
+"""Triton's Python backend: tokens to text, so that streamed pieces join to the whole text.
+
+What came before a piece is said by the caller (PREFIX_IDS, FINAL: the embedded engine and the BLS model do),
+or remembered by the request's id, which an ensemble hands on. Without either each piece is decoded alone.
+"""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +35,38 @@ def new_text(decode, prefix: list[int], tokens: list[int], final: bool) -> str:
     return (whole if final else stable(whole))[len(shown) :]
 
 
+class Memory:
+    """The last tokens of each stream and how many characters of theirs wait for more bytes."""
+
+    STREAMS = 4096  # the least recently used is forgotten
+    TOKENS = 16  # needed to decode the next ones as in the whole text
+
+    def __init__(self, decode) -> None:
+        self.decode = decode
+        self.streams: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
+
+    def piece(self, request_id: str, tokens: list[int]) -> str:
+        """What `tokens` add to the stream's text; TensorRT-LLM's last answer of a stream may have none."""
+        before, held = self.streams.pop(request_id, ([], 0))
+        whole = self.decode(before + tokens)
+        final = not tokens
+        # An answer of many tokens that is the first is no stream's: nothing will follow it.
+        visible = whole if final or (not before and len(tokens) > 1) else stable(whole)
+        if not final:
+            self.streams[request_id] = ((before + tokens)[-self.TOKENS :], len(whole) - len(visible))
+            if len(self.streams) > self.STREAMS:
+                self.streams.popitem(last=False)
+        shown = len(self.decode(before)) - held if before else 0
+        return visible[shown:]
+
+
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         directory = Path(parameters["tokenizer_dir"]["string_value"])
         self.skip = parameters["skip_special_tokens"]["string_value"] == "true"
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.memory = Memory(self.decode)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=self.skip)
@@ -50,11 +81,17 @@ class TritonPythonModel:
         )
         prefix = pb_utils.get_input_tensor_by_name(request, "PREFIX_IDS")
         final = pb_utils.get_input_tensor_by_name(request, "FINAL")
+        if prefix is None and request.request_id() and batch.shape[1] == 1:
+            piece = self.memory.piece(request.request_id(), batch[0, 0, : lengths[0, 0]].tolist())
+            return self.answer([piece])
         prefix_ids = [] if prefix is None else [i for i in prefix.as_numpy().flatten().tolist() if i >= 0]
         is_final = True if final is None else bool(final.as_numpy().flat[0])
         texts = [
             new_text(self.decode, prefix_ids, beam[:length].tolist(), is_final)
             for beam, length in zip(batch[0], lengths[0], strict=True)
         ]
+        return self.answer(texts)
+
+    def answer(self, texts: list[str]):
         out = np.array([[text.encode() for text in texts]], dtype=object)
         return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("OUTPUT", out)])

@@ -25,11 +25,16 @@ def _has_end(file: Path) -> bool:
 def word_list(words: list[list[int]]) -> np.ndarray:
     """TensorRT-LLM's [1, 2, N]: tokens one after another, and where each word ends, then -1."""
     tokens = [token for word in words for token in word]
-    size = max(1, len(tokens))
-    out = np.full((1, 2, size), -1, np.int32)
-    out[0, 0, : len(tokens)] = tokens
+    out = np.full((1, 2, len(tokens)), -1, np.int32)
+    out[0, 0] = tokens
     out[0, 1, : len(words)] = np.cumsum([len(word) for word in words])
     return out
+
+
+def number(request, name: str, default: int) -> np.ndarray:
+    """An optional input's one number as [1, 1]."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return np.array([[default if tensor is None else tensor.as_numpy().flat[0]]], np.int32)
 
 
 class TritonPythonModel:
@@ -50,27 +55,31 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
 
     def encode(self, request) -> list:
-        text = self.texts(request, "QUERY")[0]
-        if any(self.texts(request, "BAD_WORDS_DICT")):
-            raise ValueError("bad_words: not supported by the embedded engine; leave it out")
-        ids = self.tokenizer.encode(text, add_special_tokens=self.special).ids
+        prompts = self.texts(request, "QUERY")
+        if len(prompts) != 1:
+            raise ValueError(f"text_input: {len(prompts)} prompts in one request; send one a request")
+        ids = self.tokenizer.encode(prompts[0], add_special_tokens=self.special).ids
         if not ids:
             raise ValueError("text_input: empty; give a prompt")
-        end = pb_utils.get_input_tensor_by_name(request, "END_ID")
-        ends = [int(end.as_numpy().flat[0])] if end is not None else self.end_ids
-        words = [[token] for token in ends[1:]]
-        for word in self.texts(request, "STOP_WORDS_DICT"):
-            if word:
-                words.append(self.tokenizer.encode(word, add_special_tokens=False).ids)
-        length = pb_utils.get_input_tensor_by_name(request, "REQUEST_OUTPUT_LEN").as_numpy().reshape(1, 1)
+        given = pb_utils.get_input_tensor_by_name(request, "END_ID") is not None
+        ends = [-1] if given else self.end_ids or [-1]
+        end = number(request, "END_ID", ends[0])
+        stops = [[token] for token in ends[1:]] + self.words(request, "STOP_WORDS_DICT")
         values = {
             "INPUT_ID": np.array([ids], np.int32),
             "REQUEST_INPUT_LEN": np.array([[len(ids)]], np.int32),
-            "REQUEST_OUTPUT_LEN": length.astype(np.int32),
-            "STOP_WORDS_IDS": word_list(words),
-            "OUT_END_ID": np.array([[ends[0] if ends else -1]], np.int32),
+            "REQUEST_OUTPUT_LEN": number(request, "REQUEST_OUTPUT_LEN", 0),
+            "BAD_WORDS_IDS": word_list(self.words(request, "BAD_WORDS_DICT")),
+            "STOP_WORDS_IDS": word_list(stops),
+            "OUT_END_ID": end,
+            "OUT_PAD_ID": number(request, "PAD_ID", int(end[0, 0])),
         }
         return [pb_utils.Tensor(name, value) for name, value in values.items()]
+
+    def words(self, request, name: str) -> list[list[int]]:
+        """The tokens of each word that is not empty."""
+        texts = [text for text in self.texts(request, name) if text]
+        return [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
     def texts(self, request, name: str) -> list[str]:
         tensor = pb_utils.get_input_tensor_by_name(request, name)

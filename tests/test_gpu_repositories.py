@@ -1,0 +1,175 @@
+"""Repositories for GPU engines on the real tritonserver, the embedded engine in the place of the GPU's.
+
+Everything around tensorrt_llm is what a GPU would be served with: configs, text models, ensemble, BLS,
+drafts, streams and cancels. `standin_backend` takes the place of the C++ backend, and a `tensorrt_llm`
+package over the embedded engine that of the LLM API.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_server import PROMPT, engine_text
+
+from builder.errors import UserError
+from engines import manifest as manifests
+from triton_repo import pbtxt
+from triton_repo.client import Endpoint, discover, generate, stream
+from triton_repo.dialect import LLMAPI
+from triton_repo.grpc_stream import GrpcStream
+from triton_repo.options import DeployOptions
+from triton_repo.repository import write_repository
+from triton_repo.server import Server
+
+BLS = "tensorrt_llm_bls"
+HERE = Path(__file__).parent
+
+
+def fake_engine(directory: Path, like: Path, **compiler: object) -> Path:
+    """An engine directory as build-engine leaves it, without an engine."""
+    directory.mkdir(parents=True)
+    built = manifests.read(like)
+    facts = {"tensorrt_llm": "1.2.1", "paged_context_fmha": True, "max_beam_width": 1, **compiler}
+    replace(built, backend="tensorrt-llm", compiler=facts, dtype="bfloat16").write(directory)
+    mapping = {"world_size": built.world_size, "tp_size": built.tp_size, "pp_size": built.pp_size}
+    config = {
+        "version": "1.2.1",
+        "pretrained_config": {"mapping": mapping},
+        "build_config": {"max_batch_size": built.max_batch_size},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    for rank in range(built.world_size):
+        (directory / f"rank{rank}.engine").write_text("no engine")
+    return directory
+
+
+def stand_in(repository: Path, name: str, engine: Path, **parameters: str) -> Path:
+    """Put the stand-in in the place of the C++ backend; returns its log of passes."""
+    file = repository / name / "config.pbtxt"
+    log = repository.parent / f"{name}.log"
+    config = pbtxt.read(file)
+    assert config.backend == "tensorrtllm"
+    config.backend = "python"
+    more = {"standin_engine": str(engine), "standin_log": str(log), "standin_name": name, **parameters}
+    for key, value in more.items():
+        config.parameters[key].string_value = value
+    file.write_text(str(config))
+    shutil.copyfile(HERE / "standin_backend.py", repository / name / "1" / "model.py")
+    models = Path(manifests.__file__).parent.parent / "triton_repo" / "models"
+    shutil.copyfile(models / "cancellation.py", repository / name / "1" / "cancellation.py")
+    return log
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_engine: Path, tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine repository with a draft model that errs at every third token."""
+    place = tmp_path_factory.mktemp("gpu")
+    target = fake_engine(place / "target", tiny_engine, max_draft_len=4)
+    draft = fake_engine(place / "draft", tiny_engine)
+    write_repository(target, tiny_hf, place / "repository", DeployOptions(draft=draft))
+    stand_in(place / "repository", "tensorrt_llm", tiny_engine)
+    stand_in(place / "repository", "tensorrt_llm_draft", tiny_engine, standin_spoil="3")
+    return place / "repository"
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[Server]:
+    with Server(repository) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_engine: Path, tiny_hf: Path) -> str:
+    """What the engine itself gives."""
+    return engine_text(tiny_engine, tiny_hf, PROMPT, 60)
+
+
+def passes(repository: Path, model: str) -> int:
+    log = repository.parent / f"{model}.log"
+    return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
+def test_ensemble_gives_the_engines_text_and_exact_pieces(server: Server, expected: str) -> None:
+    """Random weights make split and invalid UTF-8; the request's id tells pieces of one stream."""
+    end = Endpoint(server.url)
+    assert generate(end, PROMPT, max_tokens=60) == expected
+    pieces = list(stream(end, PROMPT, max_tokens=60))
+    assert len(pieces) > 40
+    assert "".join(pieces) == expected
+
+
+def test_bls_without_a_draft(server: Server, expected: str) -> None:
+    end = Endpoint(server.url, BLS)
+    assert generate(end, PROMPT, max_tokens=60, num_draft_tokens=0) == expected
+    with pytest.raises(UserError, match="stream: without a draft model only through the ensemble"):
+        list(stream(end, PROMPT, max_tokens=4, num_draft_tokens=0))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_drafts_change_no_token_and_save_passes(
+    server: Server, repository: Path, expected: str, streaming: bool
+) -> None:
+    end = Endpoint(server.url, BLS)
+    before = passes(repository, "tensorrt_llm"), passes(repository, "tensorrt_llm_draft")
+    if streaming:
+        pieces = list(stream(end, PROMPT, max_tokens=60))
+        assert 15 < len(pieces) < 40
+        text = "".join(pieces)
+    else:
+        text = generate(end, PROMPT, max_tokens=60)
+    assert text == expected
+    target = passes(repository, "tensorrt_llm") - before[0]
+    draft = passes(repository, "tensorrt_llm_draft") - before[1]
+    # Of four drafted tokens two are right: three tokens a pass.
+    assert target == draft == 20
+
+
+def test_bls_refuses_what_drafts_cannot(server: Server) -> None:
+    for fields, message in (
+        ({"num_draft_tokens": 9}, "num_draft_tokens: 9 is not between 0 and 4"),
+        ({"return_context_logits": True}, "return_context_logits"),
+        ({"beam_width": 2}, "beam_width: a draft model needs 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(Endpoint(server.url, BLS), PROMPT, max_tokens=4, **fields)
+    with pytest.raises(UserError, match="text_input: empty"):
+        generate(Endpoint(server.url, BLS), "", max_tokens=4)
+    with pytest.raises(UserError, match="max_tokens: 0 is not positive"):
+        generate(Endpoint(server.url, BLS), PROMPT, max_tokens=0, num_draft_tokens=0)
+
+
+def test_bls_requests_run_together(server: Server) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    end = Endpoint(server.url, BLS)
+    prompts = [PROMPT, "def main(", "a", "lazy dog " * 5, "café"]
+    alone = [generate(end, p, max_tokens=25) for p in prompts]
+    with ThreadPoolExecutor(10) as pool:
+        together = list(pool.map(lambda p: "".join(stream(end, p, max_tokens=25)), prompts * 2))
+    assert together == alone * 2
+
+
+@pytest.mark.parametrize("model", ["ensemble", BLS])
+def test_cancel_over_grpc_frees_the_engine(server: Server, model: str) -> None:
+    """The engine has 4 places: as many long requests, all cancelled, must not keep a fifth waiting."""
+    whole = time_of(lambda: generate(Endpoint(server.url), "a", max_tokens=150))
+    streams = [GrpcStream(server.grpc_address, "a", max_tokens=150, model=model) for _ in range(4)]
+    for one in streams:
+        next(one)
+        next(one)
+    took = time_of(lambda: [one.cancel() for one in streams])
+    start = time.monotonic()
+    assert generate(Endpoint(server.url), PROMPT, max_tokens=1) is not None
+    assert took + time.monotonic() - start < 4 * whole  # all four to their ends would take longer
+
+
+def time_of(call) -> float:
+    start = time.monotonic()
+    call()
+    return time.monotonic() - start

@@ -1,0 +1,1 @@
+"""The models of a repository: those for text, and each flavour's own."""

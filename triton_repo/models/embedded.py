@@ -1,0 +1,184 @@
+"""Triton's Python backend: the embedded engine in the place of TensorRT-LLM's own backend."""
+
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from cancellation import Watcher
+
+from builder.errors import UserError
+from engines.embedded.session import EngineError, Request, Session
+
+# Inputs of the interface that this engine does not have, and the values that ask nothing of it.
+NEUTRAL = {
+    "beam_width": (0, 1),
+    "num_return_sequences": (0, 1),
+    "len_penalty": (0.0, 1.0),
+    "repetition_penalty": (0.0, 1.0),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "min_tokens": (0, 1),
+    "return_log_probs": (False,),
+    "return_context_logits": (False,),
+    "return_generation_logits": (False,),
+    "return_perf_metrics": (False,),
+    "return_num_input_tokens": (False,),
+    "return_num_output_tokens": (False,),
+    "exclude_input_in_output": (True,),
+}
+PREFIX = 16  # tokens before the new ones that postprocessing needs to decode them
+THREADS = 256  # requests in flight; the engine itself runs max_batch_size of them at once
+
+
+def value(request, name: str):
+    """The one number of an optional input; None where it was not sent."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy().flat[0].item()
+
+
+def words(request, name: str) -> tuple[tuple[int, ...], ...]:
+    """TensorRT-LLM's [1, 2, N]: tokens, and where each word ends, then -1."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return ()
+    tokens, ends = tensor.as_numpy()[0].tolist()
+    bounds = [0, *(end for end in ends if end > 0)]
+    return tuple(tuple(tokens[a:b]) for a, b in itertools.pairwise(bounds))
+
+
+def engine_request(request) -> Request:
+    """What the engine is asked. Raises UserError for what it cannot do."""
+    for name, neutral in NEUTRAL.items():
+        given = value(request, name)
+        if given is not None and given not in neutral:
+            raise UserError(f"{name}: {given} is not supported by the embedded engine; leave it out")
+    if words(request, "bad_words_list"):
+        raise UserError("bad_words: not supported by the embedded engine; leave it out")
+    length = value(request, "input_lengths")
+    ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()[0, :length].tolist()
+    end = value(request, "end_id")
+    temperature = value(request, "temperature")
+    return Request(
+        input_ids=tuple(ids),
+        max_tokens=value(request, "request_output_len"),
+        end_id=None if end is None or end < 0 else end,
+        stop_words=words(request, "stop_words_list"),
+        temperature=temperature,
+        top_k=value(request, "runtime_top_k") or None,
+        top_p=value(request, "runtime_top_p") or None,
+        seed=value(request, "seed") or 0,
+    )
+
+
+def response(prefix: list[int], tokens: list[int], final: bool, names: set[str]):
+    """The new tokens of one step, and what postprocessing needs to turn them into text.
+
+    Only what was asked for: the stub drops the rest without holding Python's lock, which corrupts memory
+    where several threads run (python_backend, src/response_sender.cc, PruneOutputTensors).
+    """
+    values = {
+        "output_ids": np.array(tokens, np.int32).reshape(1, 1, -1),
+        "sequence_length": np.array([[len(tokens)]], np.int32),
+        "prefix_ids": np.array([prefix[-PREFIX:] or [-1]], np.int32),
+        "final": np.array([[final]], bool),
+    }
+    made = [pb_utils.Tensor(name, value) for name, value in values.items() if name in names]
+    return pb_utils.InferenceResponse(output_tensors=made)
+
+
+class Running:
+    """A request at work, until it ends or somebody stops it."""
+
+    def __init__(self, outputs, sender, streaming: bool, names: set[str]) -> None:
+        self.outputs, self.sender, self.streaming, self.names = outputs, sender, streaming, names
+        self.stopped = False
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.outputs.close()
+
+    def run(self) -> None:
+        """Send what the engine makes. Raises EngineError where it dies."""
+        generated: list[int] = []
+        for output in self.outputs:
+            if self.streaming:
+                final = output.finish_reason is not None
+                self.sender.send(response(generated, list(output.token_ids), final, self.names))
+            generated += output.token_ids
+        if self.stopped:
+            raise Cancelled
+        if not self.streaming:
+            self.sender.send(response([], generated, True, self.names))
+
+
+class Cancelled(Exception):  # noqa: N818  (nobody's error)
+    """The client wants no more."""
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict) -> None:
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.session = self.open_session(Path(parameters["gpt_model_path"]["string_value"]))
+        self.threads = ThreadPoolExecutor(THREADS)
+        self.watcher = Watcher()
+        self.by_id: dict[str, Running] = {}
+
+    def open_session(self, engine: Path) -> Session:
+        return Session(engine)
+
+    def finalize(self) -> None:
+        self.watcher.close()
+        self.session.close()
+        self.threads.shutdown()
+
+    def execute(self, requests: list) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            if value(request, "stop"):
+                self.stop(request.request_id())
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                continue
+            try:
+                outputs = self.start(request)
+            except (UserError, EngineError) as error:
+                self.fail(sender, pb_utils.TritonError(str(error)))
+                continue
+            names = set(request.requested_output_names())
+            running = Running(outputs, sender, bool(value(request, "streaming")), names)
+            self.threads.submit(self.run, running, request.request_id())
+
+    def start(self, request):
+        """The outputs of a request, step by step."""
+        return self.session.generate(engine_request(request))
+
+    def stop(self, request_id: str) -> None:
+        """End the request of that id: what TensorRT-LLM's backend does for the input `stop`."""
+        running = self.by_id.get(request_id)
+        if running is not None:
+            running.stop()
+
+    def run(self, running: Running, request_id: str) -> None:
+        if request_id:
+            self.by_id[request_id] = running
+        key = self.watcher.watch(running.sender, running.stop)
+        error = None
+        try:
+            running.run()
+        except Cancelled:
+            error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
+        except (UserError, EngineError) as raised:
+            error = pb_utils.TritonError(str(raised))
+        self.watcher.forget(key)
+        if self.by_id.get(request_id) is running:
+            del self.by_id[request_id]
+        if error is not None:
+            self.fail(running.sender, error)
+        else:
+            running.sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def fail(self, sender, error) -> None:
+        sender.send(pb_utils.InferenceResponse(error=error))
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
