@@ -1,0 +1,258 @@
+"""The stages of a run: which public command makes what from what."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages import Stage, environment
+
+from builder.errors import UserError
+from engines.trtllm.estimate import ELEMENT_BYTES, HOST_COPIES, RUNTIME_BYTES
+
+KINDS = ("baseline", "fused")
+HERE = Path(__file__).parent
+TEXT = HERE / "calibration.txt"
+PORTS = {"baseline": 8000, "fused": 8010}
+# Of the GPU memory that weights leave; where both servers share the GPUs, the second finds what is left.
+KV_FRACTIONS = {"baseline": "0.4", "fused": "0.7"}
+KV_FRACTION = "0.9"
+BENCH_ROUNDS = "5"  # trtllm-bench loads the engine in each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is measured: a model directory, or a config.json with random weights of `seed`."""
+
+    model: Path
+    seed: int | None
+    drop_attention: str | None
+    groups: tuple[str, ...]
+    tp_size: int
+    quant: str | None
+    calib: tuple[Path, ...]
+    max_batch_size: int
+    max_seq_len: int
+    workers: int | None
+    concurrency: str
+    work: Path
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """MODEL as the builder's commands take it."""
+        random = () if self.seed is None else ("--random-weights", "--seed", str(self.seed))
+        return (str(self.model), *random)
+
+    def plan(self, kind: str) -> tuple[str, ...]:
+        """The options that drop and fuse, none for the baseline."""
+        if kind == "baseline":
+            return ()
+        drop = ("--drop-attention", self.drop_attention) if self.drop_attention else ()
+        return (*drop, *(word for group in self.groups for word in ("--group", group)))
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        fp8 = ("--quant", "fp8", "--kv-cache", "fp8") if self.quant else ()
+        return ("--tp", str(self.tp_size), *fp8)
+
+    @property
+    def calibration(self) -> tuple[str, ...]:
+        """Samples as the built-in text has them; a text of one's own gets the command's defaults."""
+        if not self.quant:
+            return ()
+        if self.calib:
+            return tuple(word for file in self.calib for word in ("--calib", str(file)))
+        return ("--calib", str(TEXT), "--calib-samples", "4", "--calib-length", "128")
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        return ("--max-batch-size", str(self.max_batch_size), "--max-seq-len", str(self.max_seq_len))
+
+    @property
+    def directory(self) -> Path:
+        """A Hugging Face directory with tokenizer and weights, whose parameters trtllm-bench counts."""
+        return self.model if self.seed is None else self.work / "models" / "fused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Bytes of one model at the chosen TP, as `convert --dry-run` counts them."""
+
+    directory: int
+    checkpoint: int
+    rank_weights: int
+    rank_kv: int
+
+    @property
+    def gpu(self) -> int:
+        """Of each GPU, without activations: weights, KV cache at the full batch and length, runtime."""
+        return self.rank_weights + self.rank_kv + RUNTIME_BYTES
+
+
+def cost(choice: Choice, kind: str, *, engine: bool) -> Cost:
+    """What a model costs. Raises UserError with convert's own words where it cannot be converted."""
+    command = ["ffn-fusion", "convert", str(choice.model), *choice.plan(kind), *choice.target]
+    # TensorRT's limit on a joined gate and up weight is none of the PyTorch backend's.
+    command += ["--dry-run", "--json", *([] if engine else ["--no-fused-mlp"])]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    if result.returncode != 0:
+        raise UserError(f"{kind}: {result.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+    told: dict[str, Any] = json.loads(result.stdout)
+    heads = [layer["num_key_value_heads"] for layer in told["layers"]]
+    local = sum(max(1, n // choice.tp_size) for n in heads if n)
+    per_token = told["cost"]["kv_bytes_per_token"] * local // max(1, sum(heads))
+    return Cost(
+        directory=told["cost"]["parameters"] * ELEMENT_BYTES[told["dtype"]],
+        checkpoint=sum(told["rank_bytes"]),
+        rank_weights=max(told["rank_bytes"]),
+        rank_kv=per_token * choice.max_batch_size * choice.max_seq_len,
+    )
+
+
+def write_stages(choice: Choice, costs: dict[str, Cost], kinds: tuple[str, ...]) -> list[Stage]:
+    """Hugging Face directories."""
+    return [
+        Stage(
+            name=f"write-{kind}",
+            command=(
+                *("ffn-fusion", "fuse", *choice.given, *(choice.plan(kind) or ("--no-fuse",))),
+                *("-o", str(choice.work / "models" / kind)),
+            ),
+            inputs=(choice.model,),
+            outputs=(choice.work / "models" / kind,),
+            needs={"disk": costs[kind].directory},
+        )
+        for kind in kinds
+    ]
+
+
+def engine_stages(choice: Choice, costs: dict[str, Cost]) -> list[Stage]:
+    """TensorRT engines: checkpoints, then trtllm-build."""
+    checkpoints = {kind: choice.work / "checkpoints" / kind for kind in KINDS}
+    engines = {kind: choice.work / "engines" / kind for kind in KINDS}
+    convert = [
+        Stage(
+            name=f"convert-{kind}",
+            command=(
+                *("ffn-fusion", "convert", *choice.given, *choice.plan(kind), *choice.target),
+                *(*choice.calibration, "-o", str(checkpoints[kind])),
+            ),
+            inputs=(choice.model, *(choice.calib or (TEXT,) if choice.quant else ())),
+            outputs=(checkpoints[kind],),
+            needs={"disk": costs[kind].checkpoint},
+        )
+        for kind in KINDS
+    ]
+    workers = choice.workers or choice.tp_size
+    build = [
+        Stage(
+            name=f"build-{kind}",
+            command=(
+                *("build-engine", str(checkpoints[kind]), "--backend", "tensorrt-llm", *choice.limits),
+                *(("--workers", str(choice.workers)) if choice.workers else ()),
+                *("-o", str(engines[kind])),
+            ),
+            inputs=(checkpoints[kind],),
+            outputs=(engines[kind],),
+            needs={
+                "disk": costs[kind].checkpoint,
+                "gpu": costs[kind].gpu,
+                "host": HOST_COPIES * costs[kind].rank_weights * workers,
+            },
+            on_gpu=True,
+        )
+        for kind in KINDS
+    ]
+    write = write_stages(choice, costs, ("fused",)) if choice.seed is not None else []
+    return [*write, *convert, *build, _bench(choice, "engine", engines, costs)]
+
+
+def pytorch_stages(choice: Choice, costs: dict[str, Cost]) -> list[Stage]:
+    """TensorRT-LLM's PyTorch backend: Hugging Face directories, served as they are."""
+    models = {kind: choice.work / "models" / kind for kind in KINDS}
+    if choice.seed is None:
+        models["baseline"] = choice.model
+    serving = {kind: choice.work / "serving" / kind for kind in KINDS}
+    check = [
+        Stage(
+            name=f"check-{kind}",
+            command=(
+                *("build-engine", str(models[kind]), "--backend", "tensorrt-llm"),
+                *("--tp", str(choice.tp_size), *choice.limits, "-o", str(serving[kind])),
+            ),
+            inputs=(models[kind],),
+            outputs=(serving[kind],),
+            needs={"gpu": costs[kind].gpu},
+            on_gpu=True,
+        )
+        for kind in KINDS
+    ]
+    write = write_stages(choice, costs, KINDS if choice.seed is not None else ("fused",))
+    return [*write, *check, _bench(choice, "pytorch", serving, costs)]
+
+
+def _bench(choice: Choice, path: str, engines: dict[str, Path], costs: dict[str, Cost]) -> Stage:
+    """Both engines in trtllm-bench, without a server."""
+    report = choice.work / "reports" / f"bench-{path}"
+    return Stage(
+        name=f"bench-{path}",
+        command=(
+            *("ffn-fusion", "compare-latency", *(str(engines[kind]) for kind in KINDS)),
+            *("--via", "trtllm-bench", "--tokenizer", str(choice.directory)),
+            *("--concurrency", choice.concurrency, "--rounds", BENCH_ROUNDS, "-o", str(report)),
+        ),
+        inputs=tuple(engines.values()),
+        outputs=(report,),
+        needs={"gpu": max(costs[kind].gpu for kind in KINDS)},
+        on_gpu=True,
+    )
+
+
+def triton_stages(choice: Choice, path: str, costs: dict[str, Cost], gpus: tuple[int, ...]) -> list[Stage]:
+    """A repository for each engine, both served at once and compared.
+
+    Where `gpus` are twice TP or more each server has its own, else they share them.
+    """
+    apart = len(gpus) >= 2 * choice.tp_size
+    folder = "engines" if path == "engine" else "serving"
+    stages, servers = [], []
+    for number, kind in enumerate(KINDS):
+        engine, place = choice.work / folder / kind, choice.work / "triton" / path / kind
+        stages.append(
+            Stage(
+                name=f"deploy-{path}-{kind}",
+                command=(
+                    *("ffn-fusion", "deploy", str(engine)),
+                    *(("--tokenizer", str(choice.directory)) if path == "engine" else ()),
+                    *("-o", str(place / "repository"), "--write-only"),
+                    *("--manifests", str(place / "manifests"), "--http-port", str(PORTS[kind])),
+                    *("--kv-cache-fraction", KV_FRACTION if apart else KV_FRACTIONS[kind]),
+                ),
+                inputs=(engine,),
+                outputs=(place / "repository", place / "manifests"),
+                on_gpu=True,
+            )
+        )
+        own = gpus[number * choice.tp_size :][: choice.tp_size] if apart else ()
+        visible = ",".join(map(str, own))
+        servers += ["--server", f"{place / 'manifests' / 'start.sh'}:{PORTS[kind]}:{visible}"]
+    report = choice.work / "reports" / f"triton-{path}"
+    urls = tuple(f"http://127.0.0.1:{PORTS[kind]}" for kind in KINDS)
+    needed = [costs[kind].gpu for kind in KINDS]
+    serve = Stage(
+        name=f"serve-{path}",
+        command=(
+            *(sys.executable, str(HERE / "serving.py"), *servers, "--logs", str(choice.work / "logs"), "--"),
+            *("ffn-fusion", "compare-latency", *urls, "--concurrency", choice.concurrency),
+            *("-o", str(report)),
+        ),
+        inputs=tuple(path for stage in stages for path in (*stage.inputs, *stage.outputs)),
+        outputs=(report,),
+        needs={"gpu": max(needed) if apart else sum(needed)},
+        on_gpu=True,
+    )
+    return [*stages, serve]
