@@ -1,5 +1,6 @@
 """A decoder of unlike layers, from the parts of transformers' Llama."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_decilm import DeciLMConfig
+
+# transformers 5.24 renamed it, for arguments and outputs.
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 
 
 class DeciLMLinearAttention(nn.Module):
@@ -92,6 +96,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -99,9 +104,10 @@ class DeciLMModel(DeciLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        seen = cache.get_seq_length() if cache is not None else 0
         cache_position = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device)
         if position_ids is None:
             position_ids = cache_position[None]
@@ -109,8 +115,8 @@ class DeciLMModel(DeciLMPreTrainedModel):
             self.config,
             hidden_states,
             attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
@@ -118,12 +124,10 @@ class DeciLMModel(DeciLMPreTrainedModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
-                past_key_values=past_key_values,
                 cache_position=cache_position,
+                **{CACHE: cache},
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
 class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
@@ -147,4 +151,4 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(outputs, CACHE)})
