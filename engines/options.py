@@ -18,6 +18,7 @@ _ENGINE: dict[str, tuple[Any, str]] = {
     "opt-num-tokens": (click.IntRange(1), "Tokens of a step to tune for. Default: batch x beams."),
     "gemm-plugin": (str, "auto, disable, float16, bfloat16 or fp8. Default: auto; FP8: disable."),
     "kv-cache-type": (click.Choice(["paged", "continuous"]), "Default: paged."),
+    "max-draft-len": (click.IntRange(1), "Draft tokens the engine checks at once; for deploy --draft."),
     "timing-cache": (str, "File to read kernel timings from and write them to."),
     "workers": (click.IntRange(1), "Ranks built at once, each on a GPU. Default: all."),
     "log-level": (str, "trtllm-build's. Default: info."),

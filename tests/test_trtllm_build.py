@@ -91,20 +91,22 @@ def test_golden_arguments_with_every_option() -> None:
         max_seq_len=2000,
         max_num_tokens=3000,
         opt_num_tokens=4,
-        max_beam_width=2,
+        max_beam_width=1,
         gemm_plugin="fp8",
         gemm_swiglu_plugin=True,
         low_latency_gemm_plugin=True,
+        max_draft_len=5,
         timing_cache="/t/cache",
         workers=2,
         log_level="verbose",
     )
     assert " ".join(arguments(options, fp8=True, fp8_kv_cache=True, fused_mlp_fits=False)) == (
         "--checkpoint_dir /c --output_dir /e --max_batch_size 4 --max_input_len 1000 --max_seq_len 2000 "
-        "--max_num_tokens 3000 --max_beam_width 2 --kv_cache_type paged --gemm_plugin fp8 "
+        "--max_num_tokens 3000 --max_beam_width 1 --kv_cache_type paged --gemm_plugin fp8 "
         "--use_paged_context_fmha enable --use_fp8_context_fmha enable --use_fused_mlp disable "
         "--multiple_profiles disable --remove_input_padding enable --opt_num_tokens 4 "
-        "--gemm_swiglu_plugin fp8 --low_latency_gemm_plugin fp8 --input_timing_cache /t/cache "
+        "--gemm_swiglu_plugin fp8 --low_latency_gemm_plugin fp8 "
+        "--speculative_decoding_mode draft_tokens_external --max_draft_len 5 --input_timing_cache /t/cache "
         "--output_timing_cache /t/cache --workers 2 --log_level verbose"
     )
 

@@ -37,7 +37,7 @@ LAST_LINES = 12
 # Takes part in what MPI processes of trtllm-build do together: what importing the package splits, and
 # the barrier at the end.
 _STAND_BY = "import tensorrt_llm; tensorrt_llm.mpi_barrier()"
-_WRITING = re.compile(r"Serializing engine to .*rank(\d+)\.engine")
+_WRITING = re.compile(r"Serializing engine to .*?rank(\d+)\.engine")
 _WRITTEN = "Engine serialized"
 _SAID = re.compile(r"^(\w+(\.\w+)*(Error|Exception)\b|.*\[E\]|.*CUDA out of memory|.*Killed)")
 
@@ -224,12 +224,9 @@ def _run(
                 file.write(line)
                 file.flush()
                 last.append(line.rstrip())
-                found = _WRITING.search(line)
-                if found:
-                    writing.append(int(found[1]))
-                    unfinished += 1
-                elif _WRITTEN in line and unfinished:
-                    unfinished -= 1
+                begun = [int(rank) for rank in _WRITING.findall(line)]  # workers may share a line
+                writing += begun
+                unfinished = max(0, unfinished + len(begun) - line.count(_WRITTEN))
                 if writing and not unfinished:  # lines of ranks may mix: all are whole once none is open
                     for rank in writing:
                         workspace.finish(rank)
@@ -328,7 +325,8 @@ def _manifest(prepared: Prepared, version: str, command: list[str]) -> Manifest:
         compiler={
             "tensorrt_llm": version,
             "command": command,
-            "paged_context_fmha": (chosen.options.use_paged_context_fmha),
+            "paged_context_fmha": chosen.options.use_paged_context_fmha,
             "max_beam_width": chosen.options.max_beam_width,
+            "max_draft_len": chosen.options.max_draft_len,
         },
     )

@@ -41,6 +41,7 @@ class BuildOptions:
     use_fp8_context_fmha: bool | None = None
     use_fused_mlp: bool | None = None
     weight_streaming: bool = False
+    max_draft_len: int | None = None
     timing_cache: str | None = None
     workers: int | None = None
     log_level: str = "info"
@@ -120,6 +121,11 @@ class Build:
         for name in ("gemm_swiglu_plugin", "low_latency_gemm_plugin"):
             if getattr(o, name):
                 values.append((name, "fp8"))
+        if o.max_draft_len is not None:  # the target of a draft model (examples/draft_target_model/README.md)
+            values += [
+                ("speculative_decoding_mode", "draft_tokens_external"),
+                ("max_draft_len", o.max_draft_len),
+            ]
         if o.timing_cache is not None:
             values += [("input_timing_cache", o.timing_cache), ("output_timing_cache", o.timing_cache)]
         if not mpi:
@@ -174,6 +180,8 @@ def resolve(
         raise UserError("use_fp8_context_fmha: needs an FP8 KV cache; convert with --kv-cache fp8")
     if o.use_fp8_context_fmha and not o.use_paged_context_fmha:
         raise UserError("use_fp8_context_fmha: needs use_paged_context_fmha")
+    if o.max_draft_len is not None and (o.max_beam_width > 1 or not o.use_paged_context_fmha):
+        raise UserError("max_draft_len: needs max_beam_width 1 and use_paged_context_fmha")
     if o.use_fused_mlp and not fused_mlp_fits:
         raise UserError(
             "use_fused_mlp: the joined gate and up weight of a layer has 2^31 elements or more a rank; "
