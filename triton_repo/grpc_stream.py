@@ -38,6 +38,7 @@ class GrpcStream(Iterator[str]):
     ) -> None:
         try:
             from tritonclient import grpc
+            from tritonclient.utils import InferenceServerException
         except ModuleNotFoundError:
             raise UserError("tritonclient is missing; pip install 'ffn-fusion[triton]'") from None
         self._address, self._timeout_s = address, timeout_s
@@ -49,7 +50,12 @@ class GrpcStream(Iterator[str]):
         body = dialect.body(prompt, max_tokens, True, sampling)
         self._client.start_stream(callback=lambda result, error: self._answers.put((result, error)))
         arrays = {name: self._array(name, value) for name, value in body.items()}
-        self._send(self._client, self._model, arrays, ("text_output",))
+        try:
+            self._send(self._client, self._model, arrays, ("text_output",))
+        except InferenceServerException:  # its cause comes through the callback
+            self._close()
+            _, error = self._answers.get(timeout=timeout_s)
+            raise UserError(f"{address}: {error.message()}") from None
         self._pieces = pieces(self._texts(), dialect, address)
 
     def _array(self, name: str, value: Any) -> np.ndarray:
@@ -94,7 +100,7 @@ class GrpcStream(Iterator[str]):
         try:
             return next(self._pieces)
         except BaseException:
-            self._close(cancel=False)
+            self._close()
             raise
 
     def cancel(self) -> None:
@@ -104,7 +110,7 @@ class GrpcStream(Iterator[str]):
         """
         if self._open and self._model == ENGINE.model:
             self._stop()
-        self._close(cancel=True)
+        self._close()
 
     def _stop(self) -> None:
         """TensorRT-LLM's own way: a request of the same id with the input `stop`, answered by its end."""
@@ -119,10 +125,10 @@ class GrpcStream(Iterator[str]):
                 done.get(timeout=5)
             client.stop_stream(cancel_requests=True)
 
-    def _close(self, *, cancel: bool) -> None:
+    def _close(self) -> None:
         if self._open:
             self._open = False
-            self._client.stop_stream(cancel_requests=cancel)
+            self._client.stop_stream(cancel_requests=True)  # else it waits for a server that may not answer
             self._client.close()
 
     def __enter__(self) -> GrpcStream:

@@ -91,14 +91,11 @@ def generate(model: str, inputs: dict, outputs: list[str], request_id: str) -> d
         requested_output_names=["output_ids", "sequence_length", *outputs],
         request_id=request_id,
     )
-    found, error = None, None
+    found = None
     for response in request.exec(decoupled=True):  # to its end: an iterator left alone keeps its request
         if response.has_error():
-            error = response.error().message()
-        else:
-            found = {tensor.name(): array(tensor) for tensor in response.output_tensors()} or found
-    if error is not None:
-        raise Refused(error)
+            raise Refused(response.error().message())  # nothing follows, not even the end
+        found = {tensor.name(): array(tensor) for tensor in response.output_tensors()} or found
     return found
 
 
