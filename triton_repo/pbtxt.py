@@ -47,6 +47,7 @@ class Model:
     """One model of a repository, an ensemble where it has steps.
 
     `code` names files of `triton_repo.models`; the first is the model, the others are imported by it.
+    `ttft_buckets_ms` are upper edges of its histogram of first responses, for Triton from 24.11 on.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Model:
     parameters: dict[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     code: tuple[str, ...] = ()
+    ttft_buckets_ms: tuple[float, ...] = ()
 
 
 _PLACEHOLDER = re.compile(r"\$\{\w*\}")
@@ -113,6 +115,10 @@ def _message(model: Model) -> Any:
         output.data_type = messages.DataType.Value(f"TYPE_{tensor.data_type}")
     for key, value in model.parameters.items():
         config.parameters[key].string_value = value
+    if model.ttft_buckets_ms:
+        control = config.model_metrics.metric_control.add()
+        control.metric_identifier.family = "nv_inference_first_response_histogram_ms"
+        control.histogram_options.buckets.extend(model.ttft_buckets_ms)
     if model.steps:
         config.platform = "ensemble"
         for step in model.steps:

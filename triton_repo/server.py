@@ -121,8 +121,7 @@ class Server:
         deadline = time.monotonic() + self.start_timeout_s
         while self._request("GET", "/v2/health/live", deadline)[0] != 200:
             time.sleep(0.05)
-        steps_first = sorted(configs, key=lambda name: (configs[name].platform == "ensemble", name))
-        for name in steps_first:
+        for name in _top_level(configs):
             status, body = self._request("POST", f"/v2/repository/models/{name}/load", deadline)
             if status != 200:
                 raise UserError(f"{self.repository / name}: Triton does not load it: {_reason(body)}")
@@ -174,6 +173,12 @@ class Server:
         for leftover in SHM.glob(f"{self._shm_prefix}*"):
             leftover.unlink(missing_ok=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _top_level(configs: dict[str, Any]) -> list[str]:
+    """What must be loaded: an ensemble loads its steps, and would load them again."""
+    steps = {s.model_name for config in configs.values() for s in config.ensemble_scheduling.step}
+    return sorted(set(configs) - steps)
 
 
 def _starts() -> dict[int, tuple[int, str]]:
@@ -278,6 +283,7 @@ def _backend_directory(binary: Path, scratch: Path) -> Path:
 def _environment() -> dict[str, str]:
     """PATH begins with this Python, which the stub embeds; its library directory is searched as well."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_"))}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # a repository stays as it was written
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     directory = sysconfig.get_config_var("LIBDIR")
     if directory and list(Path(directory).glob("libpython3*.so*")):

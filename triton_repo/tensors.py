@@ -82,6 +82,8 @@ ANSWERS = {
     "num_input_tokens": ("INT32", (1,)),
     "num_output_tokens": ("INT32", (1,)),
 }
+# Upper edges of the histogram of first responses; Triton's own are 100, 500, 2000 and 5000 ms.
+TTFT_BUCKETS_MS = (10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000, 2000, 5000, 10000)
 
 
 def client_inputs() -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ parameters that would only say the backend's default are left out.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from builder.errors import UserError
@@ -13,7 +14,7 @@ from engines.manifest import Manifest
 from triton_repo.flavours import text
 from triton_repo.options import DeployOptions, gpu_ids_text
 from triton_repo.pbtxt import Batching, Model, Tensor
-from triton_repo.tensors import ADAPTERS, PREPROCESSED, SAMPLING, answers
+from triton_repo.tensors import ADAPTERS, PREPROCESSED, SAMPLING, TTFT_BUCKETS_MS, answers
 
 # Scalars are seen by the backend as [batch], lists of unlike length share a batch.
 _SCALARS = {
@@ -171,7 +172,8 @@ def models(
     if draft is not None:
         assert options.draft is not None, "the draft is read from there"
         made.insert(2, _draft_model(options.draft, draft, manifest, tokenizer, options, size))
-    return tuple(made)
+    streaming = ("tensorrt_llm", "ensemble", "tensorrt_llm_bls")
+    return tuple(replace(m, ttft_buckets_ms=TTFT_BUCKETS_MS if m.name in streaming else ()) for m in made)
 
 
 def _draft_tokens(target: Manifest, draft: Manifest | None) -> int:

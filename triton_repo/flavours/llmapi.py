@@ -17,7 +17,7 @@ from engines.manifest import Manifest
 from engines.trtllm.serving import CONFIG
 from triton_repo.options import DeployOptions, gpu_ids_text
 from triton_repo.pbtxt import Model, Tensor
-from triton_repo.tensors import optional_tensors
+from triton_repo.tensors import TTFT_BUCKETS_MS, optional_tensors
 
 MODEL_YAML = "model.yaml"
 SAMPLING = {
@@ -58,6 +58,7 @@ def tensorrt_llm(options: DeployOptions) -> Model:
         ),
         parameters={"gpu_device_ids": gpu_ids_text(options.gpu_ids)} if options.gpu_ids else {},
         code=("llmapi.py",),
+        ttft_buckets_ms=TTFT_BUCKETS_MS,
     )
 
 
