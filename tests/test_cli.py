@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from standin import StandIn
 
 from ffn_fusion import main
 
@@ -172,6 +173,37 @@ def test_doctor_names_every_path() -> None:
     assert checks["convert, fuse"]["ready"]
     assert not checks["TensorRT-LLM engine"]["ready"]
     assert "tensorrt_llm: not installed" in checks["TensorRT-LLM engine"]["detail"]
+    for name in ("TensorRT-LLM PyTorch backend", "Triton with TensorRT-LLM", "trtllm-bench"):
+        assert not checks[name]["ready"]
+        assert "; " in checks[name]["detail"]  # what is missing; what to do
+
+
+@pytest.mark.parametrize(
+    ("version", "builds", "serves"), [("0.21.0", True, False), ("1.2.1", True, True), ("1.3.0", False, True)]
+)
+def test_doctor_on_a_gpu_machine(tmp_path: Path, version: str, builds: bool, serves: bool) -> None:
+    machine = StandIn(tmp_path, version=version)
+    tool = Path(sys.executable).with_name("ffn-fusion")
+    result = subprocess.run(
+        [tool, "doctor", "--json"], env=machine.environment, capture_output=True, text=True, check=True
+    )
+    checks = json.loads(result.stdout)
+    found = {name: checks[f"TensorRT-LLM {name}"] for name in ("engine", "PyTorch backend")}
+    assert {name: check["ready"] for name, check in found.items()} == {
+        "engine": builds,
+        "PyTorch backend": serves,
+    }
+    assert found["engine" if builds else "PyTorch backend"]["detail"].endswith("8 x NVIDIA H100 80GB HBM3")
+
+
+def test_doctor_names_the_first_that_is_missing(tmp_path: Path) -> None:
+    for number, (machine, detail) in enumerate(
+        (({"gpus": 0}, "gpu: none is visible"), ({"compute_cap": "8.0"}, "compute capability 8.0"))
+    ):
+        tool = Path(sys.executable).with_name("ffn-fusion")
+        environment = StandIn(tmp_path / str(number), **machine).environment
+        result = subprocess.run([tool, "doctor", "--json"], env=environment, capture_output=True, text=True)
+        assert detail in json.loads(result.stdout)["TensorRT-LLM engine"]["detail"]
 
 
 def test_dry_run_needs_a_config_only(tmp_path: Path) -> None:

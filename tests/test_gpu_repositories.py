@@ -277,3 +277,17 @@ def test_grpc_streams_join_to_the_text(server: Server, llmapi: Server, expected:
         list(GrpcStream(server.grpc_address, PROMPT, max_tokens=10_000))
     with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
         list(GrpcStream("127.0.0.1:1", PROMPT, max_tokens=1))
+
+
+def test_bls_of_a_repository_without_a_draft(
+    tiny_engine: Path, tiny_hf: Path, tmp_path: Path, expected: str
+) -> None:
+    target = fake_engine(tmp_path / "target", tiny_engine)
+    write_repository(target, tiny_hf, tmp_path / "repository", DeployOptions(bls_instances=1))
+    stand_in(tmp_path / "repository", "tensorrt_llm", tiny_engine)
+    for_this_triton(tmp_path / "repository")
+    with Server(tmp_path / "repository") as running:
+        end = Endpoint(running.url, BLS)
+        assert generate(end, PROMPT, max_tokens=60) == expected
+        with pytest.raises(UserError, match="this repository has no draft model"):
+            generate(end, PROMPT, max_tokens=4, num_draft_tokens=2)

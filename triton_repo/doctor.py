@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from builder.errors import UserError
 
@@ -34,7 +35,12 @@ def checks() -> list[Check]:
         ("Triton server", _triton),
         ("latency report", lambda: _module("matplotlib", "report")),
         ("demo parent", lambda: _module("transformers", "transformers")),
-        ("TensorRT-LLM engine", _tensorrt_llm),
+        ("aiperf", _aiperf),
+        ("TensorRT-LLM engine", _engine_builder),
+        ("TensorRT-LLM PyTorch backend", _pytorch_backend),
+        ("Triton with TensorRT-LLM", _container),
+        ("trtllm-bench", _bench),
+        ("GPU servers in docker", _docker),
     )
     return [_check(name, probe) for name, probe in paths]
 
@@ -94,9 +100,61 @@ def _triton() -> str:
     return str(server.find_tritonserver())
 
 
-def _tensorrt_llm() -> str:
-    from engines.trtllm import preflight, release
+def _aiperf() -> str:
+    from triton_repo import aiperf
+
+    return str(aiperf.find())
+
+
+def _engine_builder() -> str:
+    from engines.trtllm import release
 
     version, _ = release.engine_builder()
+    return f"TensorRT-LLM {version}, {_gpus()}"
+
+
+def _pytorch_backend() -> str:
+    from engines.trtllm import release
+
+    version = release.installed()
+    if not release.has_pytorch_backend(version):
+        raise UserError(f"tensorrt_llm: {version} has no PyTorch backend, 1.0 and later do")
+    return f"TensorRT-LLM {version}, {_gpus()}"
+
+
+def _container() -> str:
+    """A server that can load GPU repositories: TensorRT-LLM's C++ backend, or Python's for the LLM API."""
+    from engines.trtllm import release
+    from triton_repo.launch import commands
+
+    server = Path(commands.TRITONSERVER)
+    if not server.is_file():
+        raise UserError(f"{server}: missing; {release.CONTAINER}")
+    place = server.parents[1] / "backends"
+    backends = [name for name in ("tensorrtllm", "python") if (place / name).is_dir()]
+    if not backends:
+        raise UserError(f"{place}: has no backend; {release.CONTAINER}")
+    return f"{server}, backends {', '.join(backends)}, {_gpus()}"
+
+
+def _bench() -> str:
+    from engines.trtllm import bench, release
+
+    return f"TensorRT-LLM {bench.installed()}, {release.script('trtllm-bench')}, {_gpus()}"
+
+
+def _docker() -> str:
+    """NVIDIA's runtime is asked for by docker itself; its hook is what docker run --gpus needs."""
+    docker, hook = shutil.which("docker"), shutil.which("nvidia-container-runtime-hook")
+    if docker is None:
+        raise UserError("docker is missing; install it, or run the start command inside the image")
+    if hook is None:
+        raise UserError("nvidia-container-runtime-hook is missing; install nvidia-container-toolkit")
+    return f"{docker}, {_gpus()}"
+
+
+def _gpus() -> str:
+    from engines.trtllm import preflight
+
     gpus = preflight.hopper()
-    return f"TensorRT-LLM {version}, {len(gpus)} x {gpus[0].name}"
+    return f"{len(gpus)} x {gpus[0].name}"
