@@ -4,6 +4,8 @@
 workers and MPI processes as the real one does, and writes the words "no engine" in place of one.
 `trtllm-bench` accepts those of data/trtllm_bench_options.json for its release and writes a report of the real
 shape: a baseline takes 10 ms a token, a candidate 8, and the report says that they are made up.
+`tritonserver` is what a start.sh starts where TRITONSERVER names it: it tells a repository's models and their
+inputs over HTTP, refuses what they lack, and gives as many made-up tokens as asked for.
 nvidia-smi answers in the words of a real H100 (driver 580.159.04), for as many GPUs as asked for.
 """
 
@@ -218,13 +220,75 @@ def mpi_barrier():
     from mpi4py import MPI
     MPI.COMM_WORLD.Barrier()
 """
+TRITON = """#!{python}
+import json, os, signal, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from triton_repo import pbtxt
+
+START = time.monotonic()
+LOADING_S = float(os.environ.get("STANDIN_LOADING_S", "0.5"))
+OPTIONS = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
+REPOSITORY = Path(OPTIONS["model-repository"])
+MODELS = {{file.parent.name: pbtxt.read(file) for file in REPOSITORY.glob("*/config.pbtxt")}}
+print("stand-in for tritonserver on GPUs", os.environ.get("CUDA_VISIBLE_DEVICES", "all"), flush=True)
+if os.environ.get("STANDIN_PIDS"):
+    with open(os.environ["STANDIN_PIDS"], "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+
+class Handler(BaseHTTPRequestHandler):
+    def answer(self, status, *bodies, kind="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        for body in bodies:
+            self.wfile.write(body)
+
+    def do_GET(self):
+        if self.path == "/v2/health/ready":  # long before it answers anything
+            return self.answer(200)
+        return self.ask(lambda name, inputs: {{"name": name, "inputs": [{{"name": i}} for i in inputs]}})
+
+    def ask(self, reply):
+        name = self.path.split("/")[3]
+        if name not in MODELS or time.monotonic() < START + LOADING_S:
+            error = {{"error": f"Request for unknown model: '{{name}}' is not found"}}
+            return self.answer(400, json.dumps(error).encode())
+        return self.answer(200, json.dumps(reply(name, [i.name for i in MODELS[name].input])).encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name, verb = self.path.split("/")[3:]
+        inputs = {{i.name for i in MODELS[name].input}}
+        unknown = set(body) - inputs - {{"id"}}
+        if unknown:
+            return self.answer(400, json.dumps({{"error": f"unknown inputs {{sorted(unknown)}}"}}).encode())
+        tokens = body["max_tokens" if "max_tokens" in inputs else "sampling_param_max_tokens"]
+        if verb == "generate":
+            return self.ask(lambda name, _: {{"model_name": name, "text_output": " no" * tokens}})
+        whole = name == "tensorrt_llm"  # streams all of the text so far
+        texts = [" no" * (count if whole else 1) for count in range(1, tokens + 1)]
+        self.answer(200, kind="text/event-stream")
+        for text in texts:
+            self.wfile.write(f"data: {{json.dumps({{'text_output': text}})}}\\n\\n".encode())
+            time.sleep(0.0002)
+
+    def log_message(self, *arguments):
+        pass
+
+if OPTIONS.get("allow-http") == "false":
+    signal.pause()
+ThreadingHTTPServer(("127.0.0.1", int(OPTIONS["http-port"])), Handler).serve_forever()
+"""
 SMI = """#!{python}
 import sys
 gpus, nvlink = {gpus}, {nvlink}
 if {broken}:
     print("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.")
     sys.exit(9)
-if sys.argv[1] == "topo":
+if sys.argv[1] == "-q":
+    print(f"==============NVSMI LOG==============\\n\\nAttached GPUs : {{len(gpus)}}\\nof a stand-in")
+elif sys.argv[1] == "topo":
     names = [f"GPU{{i}}" for i in range(len(gpus))]
     print("\\t\\033[4m" + "\\t".join(names) + "\\tCPU Affinity\\tNUMA Affinity\\tGPU NUMA ID\\033[0m")
     for i, name in enumerate(names):
@@ -290,11 +354,14 @@ class StandIn:
         bench = BENCH.format(
             python=sys.executable, options=BENCH_OPTIONS, version=self.version, era=bench_era(self.version)
         )
-        for name, text in (("trtllm-build", build), ("trtllm-bench", bench), ("nvidia-smi", smi)):
+        triton = TRITON.format(python=sys.executable)
+        programs = {"trtllm-build": build, "trtllm-bench": bench, "nvidia-smi": smi, "tritonserver": triton}
+        for name, text in programs.items():
             (binaries / name).write_text(text)
             (binaries / name).chmod(stat.S_IRWXU)
         self.environment = {
             **os.environ,
             "PATH": f"{binaries}:{os.environ['PATH']}",
             "PYTHONPATH": str(packages),
+            "TRITONSERVER": str(binaries / "tritonserver"),
         }

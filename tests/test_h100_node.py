@@ -6,10 +6,14 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -27,7 +31,8 @@ SHAPES = {  # and their parameters
     "nemotron-super-49b": 49_867_145_216,
     "nemotron-ultra-253b": 253_402_005_504,
 }
-TINY = ("--drop-attention", "2-5", "--group", "2-4", "--tp", 2, "--max-seq-len", 64, "--max-batch-size", 4)
+TINY = ("--drop-attention", "2-5", "--group", "2-4", "--tp", 2)
+TINY = (*TINY, "--max-seq-len", 256, "--max-batch-size", 4, "--concurrency", "1,4")
 
 
 def run(*arguments: object, env: dict[str, str] | None = None, **environment: str):
@@ -99,7 +104,7 @@ def test_golden_commands(config: Path, tmp_path: Path) -> None:
     python, serving = shlex.quote(sys.executable), EXAMPLE / "serving.py"
     start = f"{work}/triton/engine/{{}}/manifests/start.sh"
     given = f"ffn-fusion convert {config} --random-weights --seed 3"
-    limits = "--backend tensorrt-llm --max-batch-size 4 --max-seq-len 64 --workers 1"
+    limits = "--backend tensorrt-llm --max-batch-size 4 --max-seq-len 256 --workers 1"
     assert lines == {
         "write-fused": (
             f"ffn-fusion fuse {config} --random-weights --seed 3 --drop-attention 2-5 --group 2-4 "
@@ -111,22 +116,22 @@ def test_golden_commands(config: Path, tmp_path: Path) -> None:
         "build-fused": f"build-engine {work}/checkpoints/fused {limits} -o {work}/engines/fused",
         "bench-engine": (
             f"ffn-fusion compare-latency {work}/engines/baseline {work}/engines/fused --via trtllm-bench "
-            f"--tokenizer {work}/models/fused --concurrency 1,32 --rounds 5 -o {work}/reports/bench-engine"
+            f"--tokenizer {work}/models/fused --concurrency 1,4 --rounds 5 -o {work}/reports/bench-engine"
         ),
         **{
             f"deploy-engine-{kind}": (
                 f"ffn-fusion deploy {work}/engines/{kind} --tokenizer {work}/models/fused "
                 f"-o {work}/triton/engine/{kind}/repository --write-only "
                 f"--manifests {work}/triton/engine/{kind}/manifests --http-port {port} "
-                "--kv-cache-fraction 0.9"
+                "--no-kv-cache-reuse --kv-cache-fraction 0.90"
             )
             for kind, port in (("baseline", 8000), ("fused", 8010))
         },
         "serve-engine": (
-            f"{python} {serving} --server {start.format('baseline')}:8000:0,1 "
-            f"--server {start.format('fused')}:8010:2,3 --logs {work}/logs -- "
-            "ffn-fusion compare-latency http://127.0.0.1:8000 http://127.0.0.1:8010 --concurrency 1,32 "
-            f"-o {work}/reports/triton-engine"
+            f"{python} {serving} --server engine-baseline {start.format('baseline')} 8000 0,1 "
+            f"--server engine-fused {start.format('fused')} 8010 2,3 --logs {work}/logs -- "
+            "ffn-fusion compare-latency http://127.0.0.1:8000 http://127.0.0.1:8010 "
+            f"--prompts {work}/prompts.txt --concurrency 1,4 --rounds 5 -o {work}/reports/triton-engine"
         ),
     }
 
@@ -137,6 +142,26 @@ def test_the_dry_run_as_text(tmp_path: Path) -> None:
     assert "build-fused: 536.3 GB of disk, 73.5 GB of each GPU" in result.stdout
     assert "--group 66-73 --group 74-85 --group 86-100 --group 101-114" in result.stdout
     assert "serve-engine: left out: both servers need 147.0 GB of each GPU, it has 85.5" in result.stdout
+    assert "No GPU here: counted for 8 of 85.5 GB each" in result.stdout
+
+
+def test_servers_that_share_gpus(tmp_path: Path) -> None:
+    """The second finds room for its weights beside the first one's KV cache, and gets as large a one."""
+    told = dry("--model", "llama-3.1-70b", "-o", tmp_path / "w")
+    stages = {stage["name"]: stage for stage in told["stages"]}
+    for path in ("engine", "pytorch"):
+        memory, fractions = 81559 << 20, []
+        for kind in ("baseline", "fused"):
+            command = stages[f"deploy-{path}-{kind}"]["command"]
+            fractions.append(float(command[command.index("--kv-cache-fraction") + 1]))
+        weights = [stages[f"convert-{kind}"]["needs"]["disk"] / 8 + 2**31 for kind in ("baseline", "fused")]
+        first = fractions[0] * (memory - weights[0])
+        second = fractions[1] * (memory - weights[0] - first - weights[1])
+        assert first == pytest.approx(second, rel=0.05)
+        assert first > 10e9
+        assert memory - sum(weights) - first - second > 5e9
+        command = stages[f"serve-{path}"]["command"]
+        assert [command[i + 4] for i, word in enumerate(command) if word == "--server"] == ["all"] * 2
 
 
 def test_the_253b_is_the_published_model() -> None:
@@ -171,6 +196,7 @@ def test_wrong_use(config: Path, tmp_path: Path) -> None:
         (("--model", config, "--quant", "fp8", *TINY), "--path engine"),
         (("--model", config, "--calib", "t", *TINY), "--calib is for --quant fp8"),
         (("--model", config, "--until", "lunch", *TINY), "they are write-fused, convert-baseline"),
+        (("--model", config, *TINY, "--concurrency", "1,x"), "'1,x' is no list of unlike positive numbers"),
     ):
         result = run(*arguments, *output)
         assert result.returncode == 2, result.stderr
@@ -179,6 +205,12 @@ def test_wrong_use(config: Path, tmp_path: Path) -> None:
     told = error(run("--model", "llama-3.1-70b", "--tp", 2, *output))
     assert "fused: layer 45: the joined gate and up weight has" in told
     assert "fuse groups of 9 such FFNs at most" in told
+    for options, words in (
+        (("--max-seq-len", 512), "--max-seq-len 512: the model's limit is 256"),
+        (("--max-seq-len", 128), "--max-seq-len 128: 128 tokens of prompt and 64 of output are measured"),
+        (("--concurrency", "1,8"), "--concurrency 1,8: above --max-batch-size 4"),
+    ):
+        assert words in error(run("--model", config, *TINY, *options, *output))
     assert not (tmp_path / "w").exists()
 
 
@@ -206,7 +238,7 @@ def test_engines_end_to_end(config: Path, machine: StandIn, tmp_path: Path) -> N
         contract = engine_manifest.read(work / "engines" / kind)
         assert (contract.backend, contract.tp_size) == ("tensorrt-llm", 2)
         assert len(contract.architecture.layers) == layers
-        assert (contract.max_batch_size, contract.max_seq_len) == (4, 64)
+        assert (contract.max_batch_size, contract.max_seq_len) == (4, 256)
 
     trace.unlink()
     third = run(*command, env=machine.environment, STANDIN_TRACE=str(trace))
@@ -233,8 +265,7 @@ def test_engines_end_to_end(config: Path, machine: StandIn, tmp_path: Path) -> N
 def test_pytorch_end_to_end(config: Path, machine: StandIn, tmp_path: Path) -> None:
     """With the figures of a stand-in of trtllm-bench, which has no model."""
     work = tmp_path / "random"
-    limits = ("--max-seq-len", 256, "--max-batch-size", 8, "--concurrency", "1,8")
-    command = ("--path", "pytorch", "--until", "bench-pytorch", *TINY, *limits)
+    command = ("--path", "pytorch", "--until", "bench-pytorch", *TINY)
     result = run("--model", config, *command, "-o", work, env=machine.environment)
     assert result.returncode == 0, result.stderr
     names = ["write-baseline", "write-fused", "check-baseline", "check-fused", "bench-pytorch"]
@@ -295,7 +326,7 @@ def test_the_evidence(config: Path, machine: StandIn, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "machine_is", "message"),
     [
-        (("--model", "llama-3.1-405b"), {}, "build-baseline: 115.8 GB of each GPU, it has 85.5; raise --tp"),
+        (("--model", "llama-3.1-405b"), {}, "build-baseline, .*: 115.8 GB of each GPU, it has 85.5; raise"),
         (("--model", "llama-3.1-70b", "--tp", 4), {"free_mib": 1000}, "GB of host memory, .* free; lower"),
     ],
 )
@@ -321,75 +352,271 @@ def test_two_runs_in_one_directory(config: Path, machine: StandIn, tmp_path: Pat
     assert not (tmp_path / "w" / "models").exists()
 
 
+@pytest.mark.parametrize(
+    ("machine_is", "missing", "path", "message"),
+    [
+        ({"gpus": 1}, (), "engine", "gpu: --tp 2 needs as many, 1 visible"),
+        (
+            {"version": "1.3.0rc20"},
+            (),
+            "engine",
+            "deploy-engine-baseline: tensorrt_llm: no .* image",
+        ),
+        ({"version": "0.21.0"}, (), "pytorch", "tensorrt_llm: 0.21.0 has no PyTorch backend"),
+        (
+            {},
+            ("tritonserver",),
+            "engine",
+            "serve-engine: .*tritonserver: missing; use",
+        ),
+        ({}, ("trtllm-build",), "engine", "trtllm-build: not found"),
+    ],
+)
+def test_what_is_missing_is_told_first(
+    config: Path, tmp_path: Path, machine_is, missing, path: str, message: str
+) -> None:
+    machine = StandIn(tmp_path / "machine", **machine_is)
+    for name in missing:
+        (machine.directory / "bin" / name).unlink()
+    command = ("--model", config, *TINY, "--path", path, "-o", tmp_path / "w")
+    line = error(run(*command, env=machine.environment))
+    assert re.search(message, line), line
+    if "until" in line:
+        assert re.search(r"or stop before it: --until (bench-engine|deploy-engine-fused)$", line)
+    assert not (tmp_path / "w" / "models").exists()
+
+
+def free_port() -> int:
+    """The first of 13 free ones in a row, which two servers take."""
+    for _ in range(100):
+        with ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("", 0))
+            port = first.getsockname()[1]
+            with suppress(OSError, OverflowError):
+                for other in range(port + 1, port + 13):
+                    stack.enter_context(socket.socket()).bind(("", other))
+                return port
+    raise AssertionError("no free ports")
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def alive(pids: Path) -> list[int]:
+    """Processes of the stand-in that still run; one that ended may wait for init to take note."""
+    written = [int(line) for line in pids.read_text().split()]
+    assert written
+    return [pid for pid in written if running(pid)]
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def evidence_file(work: Path, name: str) -> str:
+    with tarfile.open(work / "evidence.tar.gz") as archive:
+        file = archive.extractfile(f"evidence/{name}")
+        assert file is not None
+        return file.read().decode()
+
+
+@pytest.mark.parametrize("path", ["engine", "pytorch"])
+def test_the_whole_way(path: str, config: Path, machine: StandIn, tmp_path: Path) -> None:
+    """The real mpirun; trtllm-build, trtllm-bench and tritonserver are stand-ins, no figure counts."""
+    work, pids, port = tmp_path / "work", tmp_path / "pids", free_port()
+    command = ("--model", config, *TINY, "--workers", 1, "--path", path, "--http-port", port, "-o", work)
+    result = run(*command, env=machine.environment, STANDIN_PIDS=str(pids))
+    assert result.returncode == 0, result.stderr
+    assert set(statuses(work)) == {"done"}
+    assert list(results(work))[-4:] == [
+        *(f"bench-{path}", f"deploy-{path}-baseline", f"deploy-{path}-fused", f"serve-{path}")
+    ]
+    assert len(pids.read_text().split()) == (4 if path == "engine" else 2)  # a server each rank, or one
+    assert not alive(pids)
+    assert f"{path}-baseline answers on port {port}" in (work / "logs" / f"serve-{path}.log").read_text()
+    model = "ensemble" if path == "engine" else "tensorrt_llm"
+    for kind, gpus in (("baseline", "0,1"), ("fused", "2,3")):
+        assert f"GPUs {gpus}\n" in evidence_file(work, f"logs/server-{path}-{kind}.log")
+        place = f"triton/{path}/{kind}"
+        assert "TRITONSERVER" in evidence_file(work, f"{place}/manifests/start.sh")
+        assert f'name: "{model}"' in evidence_file(work, f"{place}/repository/{model}/config.pbtxt")
+    if path == "engine":
+        text = evidence_file(work, f"triton/{path}/fused/repository/tensorrt_llm/config.pbtxt")
+        assert re.search(r'"enable_kv_cache_reuse"\s+value \{\s+string_value: "false"', text)
+    else:
+        text = evidence_file(work, f"triton/{path}/fused/repository/tensorrt_llm/1/model.yaml")
+        assert "enable_block_reuse: false" in text
+
+    triton = json.loads(evidence_file(work, f"reports/triton-{path}/report.json"))
+    assert triton["method"] == "through Triton"
+    settings = {"prompts": 8, "max_tokens": 64, "concurrency": [1, 4], "rounds": 5, "seed": 0}
+    assert triton["settings"] == settings
+    assert triton["notes"] == []
+    bench = json.loads(evidence_file(work, f"reports/bench-{path}/report.json"))
+    assert "trtllm-bench" in bench["method"]
+    assert bench["settings"]["concurrency"] == [1, 4]
+
+    names = members(work)
+    expected = [f"reports/{way}-{path}/report.html" for way in ("bench", "triton")]
+    expected += ["stages.json", "prompts.txt", "machine/nvidia-smi.txt", "machine/nvidia-smi-topo.txt"]
+    assert {f"evidence/{name}" for name in expected} <= set(names)
+    heavy = (".safetensors", ".engine", "tokenizer.json", ".bin")
+    assert not [name for name in names if name.endswith(heavy)]
+    assert json.loads(evidence_file(work, "machine/doctor.json"))["TensorRT-LLM engine"]["ready"]
+    assert "tensorrt_llm==1.2.1" in evidence_file(work, "machine/packages.txt")
+    assert (work / "evidence.tar.gz").stat().st_size < 10e6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_run_killed_while_it_serves(number: int, config: Path, machine: StandIn, tmp_path: Path) -> None:
+    """No server stays, and the next run repeats that stage alone."""
+    work, pids, port = tmp_path / "work", tmp_path / "pids", free_port()
+    command = ("--model", config, *TINY, "--path", "pytorch", "--http-port", port, "-o", work)
+    until = ("--until", "deploy-pytorch-fused")
+    ready = run(*command, *until, env=machine.environment)
+    assert ready.returncode == 0, ready.stderr
+    before = results(work)
+
+    # The baseline's server loads for longer than this test waits.
+    environment = {**machine.environment, "STANDIN_PIDS": str(pids), "STANDIN_LOADING_S": "300"}
+    process = start(*command, env=environment)
+    wait_until(lambda: pids.is_file() and listens(port))
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    wait_until(lambda: not alive(pids))
+    assert not listens(port)
+    if number != signal.SIGKILL:
+        assert statuses(work)[-1] == "failed"
+        assert "evidence/logs/server-pytorch-baseline.log" in members(work)
+
+    again = run(*command, env=machine.environment)
+    assert again.returncode == 0, again.stderr
+    assert statuses(work) == ["done before"] * len(before) + ["done"]
+    assert "reports/triton-pytorch" in results(work)["serve-pytorch"]["command"]
+
+
+def start(*arguments: object, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLE / "run.py"), *map(str, arguments)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 SERVER = """
-import http.server, os, sys
+import http.server, json, os, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        fields = [{"name": name} for name in ("text_input", "max_tokens")]
+        self.answer({"inputs": fields, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "all")})
+    def do_POST(self):
+        self.answer({"text_output": "a"} if sys.argv[2] == "well" else {"error": "CUDA out of memory"})
+    def answer(self, body):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all").encode())
+        self.wfile.write(json.dumps(body).encode())
     def log_message(self, *args): pass
+if len(sys.argv) > 3:
+    os.setsid()  # as the LLM API's workers do
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 CLIENT = """
-import sys, urllib.request
+import json, sys, urllib.request
 for port in sys.argv[1:]:
-    print(urllib.request.urlopen(f"http://127.0.0.1:{port}/").read().decode())
+    print(json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/"))["gpus"])
 sys.exit(3)
 """
 
 
-def start_script(directory: Path, port: int) -> Path:
-    """A start.sh whose server is a child of the shell, as mpirun's ranks are."""
+def start_script(directory: Path, port: int, *, answers: str = "well", after: str = "wait") -> Path:
+    """A start.sh with a server in a session of its own, which its mark alone tells to be the script's."""
     directory.mkdir()
     (directory / "server.py").write_text(SERVER)
     script = directory / "start.sh"
-    script.write_text(f"{sys.executable} {directory / 'server.py'} {port}\necho ended\n")
+    script.write_text(f"{sys.executable} {directory / 'server.py'} {port} {answers} alone &\n{after}\n")
     return script
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def serve(servers: list[str], logs: Path, *command: str):
-    options = [word for server in servers for word in ("--server", server)]
+def serve(servers: list[tuple[object, ...]], logs: Path, *command: str, timeout_s: int = 30):
+    options = [str(word) for server in servers for word in ("--server", *server)]
+    options += ["--logs", str(logs), "--timeout", str(timeout_s)]
     return subprocess.run(
-        [sys.executable, str(EXAMPLE / "serving.py"), *options, "--logs", str(logs), "--", *command],
+        [sys.executable, str(EXAMPLE / "serving.py"), *options, "--", *command],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
 
+def one_line(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
 def test_two_servers_answer_while_the_command_runs(tmp_path: Path) -> None:
-    ports = [free_port(), free_port()]
+    port = free_port()
+    ports = [port, port + 10]
     scripts = [start_script(tmp_path / str(n), port) for n, port in enumerate(ports)]
-    servers = [f"{scripts[0]}:{ports[0]}:0,1", f"{scripts[1]}:{ports[1]}:"]
+    servers = [("a", scripts[0], ports[0], "0,1"), ("b", scripts[1], ports[1], "all")]
     result = serve(servers, tmp_path, sys.executable, "-c", CLIENT, *map(str, ports))
     assert result.returncode == 3, result.stderr  # the command's own
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     assert result.stdout.split("\n")[2:4] == ["0,1", visible]
-    for port in ports:
-        with socket.socket() as s:
-            assert s.connect_ex(("127.0.0.1", port)) != 0  # ended
+    assert not any(map(listens, ports))
 
 
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:
     port = free_port()
     first = start_script(tmp_path / "0", port)
     (tmp_path / "bad.sh").write_text("echo no GPU; exit 7\n")
-    result = serve([f"{first}:{port}:", f"{tmp_path / 'bad.sh'}:{free_port()}:"], tmp_path, "true")
-    assert result.returncode == 1
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1
-    assert "bad.sh: the server ended with 7; see" in lines[0]
-    log = Path(lines[0].rpartition("see ")[2])
-    assert "no GPU" in log.read_text()
-    with socket.socket() as s:
-        assert s.connect_ex(("127.0.0.1", port)) != 0
+    servers = [("good", first, port, "all"), ("bad", tmp_path / "bad.sh", port + 10, "all")]
+    line = one_line(serve(servers, tmp_path, "true"))
+    assert "bad: the server ended with 7; see" in line
+    assert "no GPU" in Path(line.rpartition("see ")[2]).read_text()
+    assert not listens(port)
+
+
+def test_a_server_that_gives_no_token(tmp_path: Path) -> None:
+    """It tells its models, but its answer is an error: that error is told."""
+    port = free_port()
+    script = start_script(tmp_path / "0", port, answers="badly")
+    line = one_line(serve([("sick", script, port, "all")], tmp_path, "true", timeout_s=3))
+    assert f"sick: no token in 3 s: http://127.0.0.1:{port}: CUDA out of memory; see" in line
+    assert not listens(port)
+
+
+def test_a_server_that_ends_while_it_is_measured(tmp_path: Path) -> None:
+    port = free_port()
+    script = start_script(tmp_path / "0", port, after="sleep 3; exit 9")
+    line = one_line(serve([("weak", script, port, "all")], tmp_path, "sh", "-c", "sleep 4; exit 1"))
+    assert "weak: the server ended while it was measured; see" in line
+    assert not listens(port)
+
+
+def test_a_taken_port(tmp_path: Path) -> None:
+    port = free_port()
+    script = start_script(tmp_path / "0", port)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port + 2))
+        taken.listen()
+        line = one_line(serve([("late", script, port, "all")], tmp_path, "true"))
+    assert line.startswith(f"error: port {port + 2}: in use; ")
 
 
 def results(work: Path) -> dict:

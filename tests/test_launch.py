@@ -462,6 +462,20 @@ def test_scripts_run_the_commands(name: str, tmp_path: Path) -> None:
         assert variables["TRTLLM_ORCHESTRATOR"] == "1"
 
 
+@pytest.mark.parametrize("kind", SINGLE)
+def test_start_takes_another_tritonserver(kind: str, tmp_path: Path) -> None:
+    """TRITONSERVER stands for the binary, in every rank, and for nothing else."""
+    files.write(SINGLE[kind], tmp_path / "launch")
+    start, other = ["bash", str(tmp_path / "launch" / "start.sh")], str(tmp_path / "stubs" / "my server")
+    expected = [other if word == TRITONSERVER else word for word in server_command(SINGLE[kind])]
+    program = "my server" if expected[0] == other else "mpirun"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITONSERVER", other)
+        words, _ = run_with_stub(tmp_path, program, start)
+    assert words == expected[1:]
+    assert other in expected
+
+
 def run_with_stub(directory: Path, program: str, command: list[str]) -> tuple[list[str], dict[str, str]]:
     """Run a script in which `program` is one that records its arguments and environment."""
     stubs = directory / "stubs"

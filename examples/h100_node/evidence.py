@@ -37,7 +37,7 @@ def pack(work: Path, arguments: Mapping[str, Any]) -> Path:
     target = work / NAME
     partial = target.with_suffix(".partial")
     with tarfile.open(partial, "w:gz") as archive:
-        for file in [work / "stages.json", *_small_files(work)]:
+        for file in [work / "stages.json", work / "prompts.txt", *_small_files(work)]:
             if file.is_file():
                 archive.add(file, f"evidence/{file.relative_to(work)}")
         for name, content in _machine(arguments).items():

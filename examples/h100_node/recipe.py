@@ -13,15 +13,14 @@ from stages import Stage, environment
 
 from builder.errors import UserError
 from engines.trtllm.estimate import ELEMENT_BYTES, HOST_COPIES, RUNTIME_BYTES
+from triton_repo.cli.compare_latency import parse_concurrency
 
 KINDS = ("baseline", "fused")
 HERE = Path(__file__).parent
 TEXT = HERE / "calibration.txt"
-PORTS = {"baseline": 8000, "fused": 8010}
-# Of the GPU memory that weights leave; where both servers share the GPUs, the second finds what is left.
-KV_FRACTIONS = {"baseline": "0.4", "fused": "0.7"}
-KV_FRACTION = "0.9"
-BENCH_ROUNDS = "5"  # trtllm-bench loads the engine in each
+PORTS_APART = 10  # a server takes three
+KV_FRACTION = 0.9  # of the GPU memory that weights leave, where a server has the GPU to itself
+ROUNDS = "5"  # trtllm-bench loads the engine in each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,7 @@ class Choice:
     max_seq_len: int
     workers: int | None
     concurrency: str
+    http_port: int
     work: Path
 
     @property
@@ -73,9 +73,38 @@ class Choice:
         return ("--max-batch-size", str(self.max_batch_size), "--max-seq-len", str(self.max_seq_len))
 
     @property
+    def levels(self) -> tuple[int, ...]:
+        return parse_concurrency(self.concurrency)
+
+    def port(self, kind: str) -> int:
+        """HTTP of its server; gRPC and metrics have the next two."""
+        return self.http_port + PORTS_APART * KINDS.index(kind)
+
+    @property
+    def prompts(self) -> Path:
+        """What both servers are asked, a line a request."""
+        return self.work / "prompts.txt"
+
+    @property
     def directory(self) -> Path:
         """A Hugging Face directory with tokenizer and weights, whose parameters trtllm-bench counts."""
         return self.model if self.seed is None else self.work / "models" / "fused"
+
+
+def prompts(choice: Choice) -> str:
+    """Unlike prompts, two for every client: compare-latency has no more in flight than it has prompts.
+
+    About 128 tokens each, as trtllm-bench is asked: a character is a token of the byte-level tokenizer of
+    random weights, and about a quarter of one of a real one's.
+    """
+    words = TEXT.read_text(encoding="utf-8").split()
+    length = 512 if choice.seed is None else 128
+    lines = []
+    for number in range(2 * max(choice.levels)):
+        first = 7 * number % len(words)
+        text = " ".join([f"{number}.", *words[first:], *words[:first]])
+        lines.append(text[:length].rstrip() + "\n")
+    return "".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +232,7 @@ def _bench(choice: Choice, path: str, engines: dict[str, Path], costs: dict[str,
         command=(
             *("ffn-fusion", "compare-latency", *(str(engines[kind]) for kind in KINDS)),
             *("--via", "trtllm-bench", "--tokenizer", str(choice.directory)),
-            *("--concurrency", choice.concurrency, "--rounds", BENCH_ROUNDS, "-o", str(report)),
+            *("--concurrency", choice.concurrency, "--rounds", ROUNDS, "-o", str(report)),
         ),
         inputs=tuple(engines.values()),
         outputs=(report,),
@@ -212,16 +241,33 @@ def _bench(choice: Choice, path: str, engines: dict[str, Path], costs: dict[str,
     )
 
 
-def triton_stages(choice: Choice, path: str, costs: dict[str, Cost], gpus: tuple[int, ...]) -> list[Stage]:
+def kv_fractions(costs: dict[str, Cost], memory: int, apart: bool) -> dict[str, float]:
+    """What --kv-cache-fraction says to each server.
+
+    Servers on the same GPUs get 0.4 each of what both weights and runtimes leave; 0.2 stay for activations.
+    The second is told its share of what it finds.
+    """
+    taken = {kind: costs[kind].rank_weights + RUNTIME_BYTES for kind in KINDS}
+    left = memory - sum(taken.values())
+    if apart or left <= 0:
+        return dict.fromkeys(KINDS, KV_FRACTION)
+    return {KINDS[0]: max(0.01, 0.4 * left / (memory - taken[KINDS[0]])), KINDS[1]: 0.4 / 0.6}
+
+
+def triton_stages(
+    choice: Choice, path: str, costs: dict[str, Cost], gpus: tuple[int, ...], memory: int
+) -> list[Stage]:
     """A repository for each engine, both served at once and compared.
 
-    Where `gpus` are twice TP or more each server has its own, else they share them.
+    Where `gpus`, of `memory` bytes each, are twice TP or more each server has its own, else they share them.
     """
     apart = len(gpus) >= 2 * choice.tp_size
+    fractions = kv_fractions(costs, memory, apart)
     folder = "engines" if path == "engine" else "serving"
     stages, servers = [], []
     for number, kind in enumerate(KINDS):
         engine, place = choice.work / folder / kind, choice.work / "triton" / path / kind
+        port = str(choice.port(kind))
         stages.append(
             Stage(
                 name=f"deploy-{path}-{kind}",
@@ -229,8 +275,9 @@ def triton_stages(choice: Choice, path: str, costs: dict[str, Cost], gpus: tuple
                     *("ffn-fusion", "deploy", str(engine)),
                     *(("--tokenizer", str(choice.directory)) if path == "engine" else ()),
                     *("-o", str(place / "repository"), "--write-only"),
-                    *("--manifests", str(place / "manifests"), "--http-port", str(PORTS[kind])),
-                    *("--kv-cache-fraction", KV_FRACTION if apart else KV_FRACTIONS[kind]),
+                    *("--manifests", str(place / "manifests"), "--http-port", port),
+                    # Rounds repeat their prompts: reused KV blocks would answer for the prefill.
+                    *("--no-kv-cache-reuse", "--kv-cache-fraction", f"{fractions[kind]:.2f}"),
                 ),
                 inputs=(engine,),
                 outputs=(place / "repository", place / "manifests"),
@@ -238,19 +285,19 @@ def triton_stages(choice: Choice, path: str, costs: dict[str, Cost], gpus: tuple
             )
         )
         own = gpus[number * choice.tp_size :][: choice.tp_size] if apart else ()
-        visible = ",".join(map(str, own))
-        servers += ["--server", f"{place / 'manifests' / 'start.sh'}:{PORTS[kind]}:{visible}"]
+        start = place / "manifests" / "start.sh"
+        servers += ["--server", f"{path}-{kind}", str(start), port, ",".join(map(str, own)) or "all"]
     report = choice.work / "reports" / f"triton-{path}"
-    urls = tuple(f"http://127.0.0.1:{PORTS[kind]}" for kind in KINDS)
+    urls = tuple(f"http://127.0.0.1:{choice.port(kind)}" for kind in KINDS)
     needed = [costs[kind].gpu for kind in KINDS]
     serve = Stage(
         name=f"serve-{path}",
         command=(
             *(sys.executable, str(HERE / "serving.py"), *servers, "--logs", str(choice.work / "logs"), "--"),
-            *("ffn-fusion", "compare-latency", *urls, "--concurrency", choice.concurrency),
-            *("-o", str(report)),
+            *("ffn-fusion", "compare-latency", *urls, "--prompts", str(choice.prompts)),
+            *("--concurrency", choice.concurrency, "--rounds", ROUNDS, "-o", str(report)),
         ),
-        inputs=tuple(path for stage in stages for path in (*stage.inputs, *stage.outputs)),
+        inputs=(choice.prompts, *(path for stage in stages for path in (*stage.inputs, *stage.outputs))),
         outputs=(report,),
         needs={"gpu": max(needed) if apart else sum(needed)},
         on_gpu=True,

@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 import evidence
-from recipe import KINDS, Choice, cost, engine_stages, pytorch_stages, triton_stages
+from preconditions import check_choice, check_machine, memory_problems
+from recipe import KINDS, PORTS_APART, Choice, cost, engine_stages, prompts, pytorch_stages, triton_stages
 from shapes import SHAPES
 from stages import Runner, Stage
 
@@ -39,6 +40,13 @@ PATH = click.Path(path_type=Path)
 @click.option("--max-seq-len", type=click.IntRange(4), default=4096, show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Engine ranks built at once. Default: all.")
 @click.option("--concurrency", default="1,32", show_default=True, help="Clients at once, a list.")
+@click.option(
+    "--http-port",
+    type=click.IntRange(1, 65535 - PORTS_APART - 2),
+    default=8000,
+    show_default=True,
+    help=f"Of the baseline's server; the fused one's is {PORTS_APART} higher.",
+)
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--dry-run", is_flag=True, help="Print the commands and what they need; runs anywhere.")
 @click.option("--json", "as_json", is_flag=True, help="The dry run as JSON.")
@@ -60,6 +68,7 @@ def main(
         raise click.UsageError("--calib is for --quant fp8")
     choice = choose(model, seed, work.absolute(), given)
     stages, left_out = plan(choice, path, until)
+    check_choice(choice, stages)
     if dry_run:
         show(choice, stages, left_out, as_json)
         return
@@ -88,13 +97,13 @@ def plan(choice: Choice, path: str, until: str | None) -> tuple[list[Stage], dic
         if path not in (name, "both"):
             continue
         stages += of_path(choice, costs)
-        triton = triton_stages(choice, name, costs, gpus)
+        triton = triton_stages(choice, name, costs, gpus, memory)
         needed = triton[-1].needs["gpu"]
         if needed > memory:
             left_out[triton[-1].name] = (
                 f"both servers need {needed / 1e9:.1f} GB of each GPU, it has {memory / 1e9:.1f}; "
-                f"compare-latency needs both at once: lower --max-batch-size or --max-seq-len, or use "
-                f"{2 * choice.tp_size} GPUs"
+                "compare-latency needs both at once: lower --max-batch-size or --max-seq-len, give "
+                "--path engine --quant fp8, or use larger GPUs"
             )
             triton = triton[:-1]
         stages += triton
@@ -137,33 +146,19 @@ def show(choice: Choice, stages: list[Stage], left_out: dict[str, str], as_json:
         "GPU memory: weights and KV cache counted, 2.1 GB assumed for the runtime, activations come on top; "
         "host memory is estimated."
     )
-    for problem in problems(stages, _gpus()[1]):
+    if not hardware.gpus():
+        click.echo(f"No GPU here: counted for {GPUS} of {GPU_BYTES / 1e9:.1f} GB each, as an H100 has them.")
+    for problem in memory_problems(stages, _gpus()[1]):
         click.echo(f"does not fit here: {problem}")
 
 
 _WHAT = {"disk": "of disk", "gpu": "of each GPU", "host": "of host memory"}
 
 
-def problems(stages: list[Stage], gpu_bytes: int) -> list[str]:
-    """What would fail for want of memory, hours from now."""
-    found, free = [], hardware.free_memory()
-    for stage in stages:
-        gpu, host = stage.needs.get("gpu", 0), stage.needs.get("host", 0)
-        if gpu > gpu_bytes:
-            found.append(
-                f"{stage.name}: {gpu / 1e9:.1f} GB of each GPU, it has {gpu_bytes / 1e9:.1f}; raise --tp, "
-                "lower --max-batch-size or --max-seq-len, or give --path engine --quant fp8"
-            )
-        if host > free:
-            found.append(
-                f"{stage.name}: {host / 1e9:.1f} GB of host memory, {free / 1e9:.1f} free; lower --workers"
-            )
-    return found
-
-
 def run(choice: Choice, stages: list[Stage], left_out: dict[str, str]) -> None:
     """Run the stages, and pack the evidence whether they went well or not."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the stage ends as well
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # the stage ends as well
     runner = Runner(choice.work)
     missing = [stage for stage in stages if not runner.is_done(stage)]
     needed, free = sum(s.needs.get("disk", 0) for s in missing), shutil.disk_usage(choice.work).free
@@ -171,15 +166,18 @@ def run(choice: Choice, stages: list[Stage], left_out: dict[str, str]) -> None:
         raise UserError(
             f"{choice.work}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free; use another disk"
         )
-    for problem in problems(missing, _gpus()[1]):
+    for problem in memory_problems(missing, _gpus()[1]):
         raise UserError(problem)
+    check_machine(choice, missing)
     for name, reason in left_out.items():
         click.echo(f"{name}: left out: {reason}")
-    try:
-        runner.run(stages, left_out)
-    finally:
-        packed = evidence.pack(choice.work, vars(choice))
-        click.echo(f"{packed}: {packed.stat().st_size / 1e6:.1f} MB")
+    with runner.alone():
+        choice.prompts.write_text(prompts(choice), encoding="utf-8")
+        try:
+            runner.run(stages, left_out)
+        finally:
+            packed = evidence.pack(choice.work, vars(choice))
+            click.echo(f"{packed}: {packed.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ written. WORK/stages.json has all of them with their seconds; WORK/logs/NAME.log
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from builder.errors import UserError
 from builder.storage import read_json, write_json
 from engines import hardware
 
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # prctl(2) of Linux
 WHOLE_BYTES = 1 << 20  # files up to this size are digested by content, larger ones by size and time
 
 
@@ -63,15 +66,14 @@ class Runner:
         """Run what is not done. Raises UserError naming the stage, the command and the log that failed."""
         self.results = {s.name: {"status": "not run", "command": s.line} for s in stages}
         self.results |= {name: {"status": "left out", "reason": why} for name, why in left_out.items()}
-        with self._alone():
-            for stage in stages:
-                try:
-                    self.results[stage.name] |= self._run(stage)
-                finally:
-                    write_json(self.work / "stages.json", {"stages": self.results})
+        for stage in stages:
+            try:
+                self.results[stage.name] |= self._run(stage)
+            finally:
+                write_json(self.work / "stages.json", {"stages": self.results})
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """Raises UserError where another run works in the directory."""
         handle = os.open(self.work / "stages", os.O_RDONLY)
         try:
@@ -130,13 +132,22 @@ class Runner:
 
 
 def execute(command: Sequence[str], log: Path) -> int:
-    """Run a command with its output in `log`; returns its exit status. The log of an earlier try is kept."""
+    """Run a command with its output in `log`; returns its exit status. The log of an earlier try is kept.
+
+    Whatever ends this process ends the command.
+    """
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment()
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                start_new_session=True,  # what a terminal sends comes to it as SIGTERM, from here
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             stream.write(f"error: {command[0]}: {error.strerror}\n")
@@ -147,6 +158,11 @@ def execute(command: Sequence[str], log: Path) -> int:
             process.terminate()
             process.wait()
             raise
+
+
+def _end_with_parent() -> None:
+    """In the child: be sent SIGTERM should the parent be killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def environment() -> dict[str, str]:

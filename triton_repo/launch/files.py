@@ -7,7 +7,13 @@ from pathlib import Path
 from builder.storage import json_bytes, output_directory
 from triton_repo.deployment import Deployment
 from triton_repo.launch import compose, kubernetes, leaderworkerset, monitoring
-from triton_repo.launch.commands import docker_command, environment, multi_node_command, server_command
+from triton_repo.launch.commands import (
+    TRITONSERVER,
+    docker_command,
+    environment,
+    multi_node_command,
+    server_command,
+)
 from triton_repo.launch.images import image_of
 from triton_repo.launch.placement import GPUS_PER_NODE, num_nodes, ports
 from triton_repo.launch.rendering import one_line, shell_script, yaml_file
@@ -72,9 +78,11 @@ def _one_node(deployment: Deployment, http_port: int, gpus_per_node: int, claim:
     )
     return {
         "start.sh": shell_script(
-            f"Starts Triton on this host. Run it inside\n{name}.",
+            f"Starts Triton on this host. Run it inside\n{name}.\n"
+            "TRITONSERVER, where it is set, names another binary.",
             server_command(deployment, http_port),
             environment(deployment),
+            {"TRITONSERVER": TRITONSERVER},
         ),
         "docker-run.sh": shell_script(
             "Starts Triton in a container of this host; docker stop ends it.",
