@@ -8,7 +8,10 @@ package over the embedded engine that of the LLM API.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import signal
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,18 +20,21 @@ from pathlib import Path
 
 import pytest
 from conftest import fused, write_llama
+from standin import StandIn
 from test_server import PROMPT, engine_text
 
 from builder import export
 from builder.errors import UserError
 from engines import manifest as manifests
 from engines.trtllm import serving
-from triton_repo import pbtxt
+from triton_repo import container, pbtxt
+from triton_repo import server as servers
 from triton_repo.client import Endpoint, discover, generate, stream
 from triton_repo.dialect import LLMAPI
 from triton_repo.grpc_stream import GrpcStream
+from triton_repo.launch import commands
 from triton_repo.options import DeployOptions
-from triton_repo.repository import write_repository
+from triton_repo.repository import read_deployment, write_repository
 from triton_repo.server import Server
 
 BLS = "tensorrt_llm_bls"
@@ -291,3 +297,45 @@ def test_bls_of_a_repository_without_a_draft(
         assert generate(end, PROMPT, max_tokens=60) == expected
         with pytest.raises(UserError, match="this repository has no draft model"):
             generate(end, PROMPT, max_tokens=4, num_draft_tokens=2)
+
+
+def test_served_from_inside_the_container(
+    llmapi: Server, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start command itself, with the wheel's tritonserver behind the container's name for it."""
+    machine = StandIn(tmp_path / "machine", gpus=1)
+    monkeypatch.setenv("PATH", machine.environment["PATH"])
+    monkeypatch.setenv("STANDIN_ENGINE", str(tiny_engine))
+    monkeypatch.syspath_prepend(machine.environment["PYTHONPATH"])
+    binary = servers.find_tritonserver()
+    environment = servers._environment()
+    options = [f"--backend-directory={servers._backend_directory(binary, tmp_path / 'scratch')}"]
+    options += [f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")]
+    wrapper = tmp_path / "tritonserver"
+    names = [f"{name}={environment[name]}" for name in ("PATH", "LD_LIBRARY_PATH") if name in environment]
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(["env", *names, str(binary), *options])} "$@"\n')
+    wrapper.chmod(0o755)
+    deployment = read_deployment(llmapi.repository)
+    assert deployment is not None
+    with pytest.raises(UserError, match="/opt/tritonserver/bin/tritonserver: missing; run this inside"):
+        container.check(deployment)
+    monkeypatch.setattr(commands, "TRITONSERVER", str(wrapper))
+    port, said = servers._ports(0)[0], []
+
+    def end_it(line: str) -> None:
+        said.append(line)
+        said.append(generate(discover(f"http://127.0.0.1:{port}"), PROMPT, max_tokens=4))
+        (process,) = [p for p in servers._descendants(os.getpid()) if is_server(p, port)]
+        os.kill(process, signal.SIGKILL)
+
+    with pytest.raises(UserError, match="tritonserver: ended with status -9; its output is above"):
+        container.serve(deployment, port, end_it)
+    assert said[0] == f"serving {llmapi.repository} on http://127.0.0.1:{port}"
+    assert said[1]
+    other = replace(deployment, tp_size=2)
+    with pytest.raises(UserError, match="gpu: 2 needed, 1 visible"):
+        container.check(other)
+
+
+def is_server(pid: int, port: int) -> bool:
+    return f"--http-port={port}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
