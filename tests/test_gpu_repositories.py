@@ -27,7 +27,7 @@ from builder import export
 from builder.errors import UserError
 from engines import manifest as manifests
 from engines.trtllm import serving
-from triton_repo import container, pbtxt
+from triton_repo import container, pbtxt, processes
 from triton_repo import server as servers
 from triton_repo.client import Endpoint, discover, generate, stream
 from triton_repo.dialect import LLMAPI
@@ -325,7 +325,7 @@ def test_served_from_inside_the_container(
     def end_it(line: str) -> None:
         said.append(line)
         said.append(generate(discover(f"http://127.0.0.1:{port}"), PROMPT, max_tokens=4))
-        (process,) = [p for p in servers._descendants(os.getpid()) if is_server(p, port)]
+        (process,) = [p for p in processes.descendants(os.getpid()) if is_server(p, port)]
         os.kill(process, signal.SIGKILL)
 
     with pytest.raises(UserError, match="tritonserver: ended with status -9; its output is above"):

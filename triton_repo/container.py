@@ -17,6 +17,7 @@ from triton_repo.deployment import Deployment
 from triton_repo.dialect import DIALECTS
 from triton_repo.launch import commands, images
 from triton_repo.launch.placement import num_gpus
+from triton_repo.processes import descendants, end_all
 
 START_TIMEOUT_S = 3600.0  # hundreds of GB may come from a network disk
 PERIOD_S = 2.0
@@ -49,15 +50,17 @@ def serve(deployment: Deployment, http_port: int, report: Callable[[str], None])
     command = commands.server_command(deployment, http_port)
     environment = {**os.environ, **commands.environment(deployment)}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+    family: dict[int, str] = {}
     try:
         _wait_for_token(process, deployment, http_port)
+        family.update(descendants(process.pid))  # of a killed server they cannot be found later
         report(f"serving {deployment.repository} on http://127.0.0.1:{http_port}")
         code = process.wait()
         raise UserError(f"tritonserver: ended with status {code}; its output is above")
     except KeyboardInterrupt:
         return
     finally:
-        _stop(process, commands.stop_timeout_s(deployment))
+        _stop(process, family, commands.stop_timeout_s(deployment))
 
 
 def _wait_for_token(process: subprocess.Popen[bytes], deployment: Deployment, http_port: int) -> None:
@@ -77,11 +80,14 @@ def _wait_for_token(process: subprocess.Popen[bytes], deployment: Deployment, ht
     raise UserError(f"tritonserver: gave no token within {START_TIMEOUT_S:.0f} s: {last}")
 
 
-def _stop(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+def _stop(process: subprocess.Popen[bytes], family: dict[int, str], timeout_s: float) -> None:
     """End the server and all its ranks."""
-    for number, wait_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 10.0)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(wait_s)
-            return
+    family |= descendants(process.pid)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    end_all(family)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import importlib.util
 import json
@@ -22,6 +21,7 @@ from typing import Any
 from builder.errors import UserError
 from triton_repo import rules
 from triton_repo.dialect import ENGINE, LLMAPI
+from triton_repo.processes import descendants, end_all
 
 HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 5
@@ -78,7 +78,7 @@ class Server:
             self._start(binary, backends, (self.port, grpc, metrics))
             self._load_models(configs)
             assert self._process is not None, "started"
-            self._family = _descendants(self._process.pid)  # of a killed server they cannot be found later
+            self._family = descendants(self._process.pid)  # of a killed server they cannot be found later
         except BaseException:
             self._stop()
             raise
@@ -161,14 +161,14 @@ class Server:
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._family |= _descendants(self._process.pid)
+            self._family |= descendants(self._process.pid)
             self._process.send_signal(signal.SIGTERM)
             try:
                 self._process.wait(EXIT_TIMEOUT_S + 10)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-            _end_all(self._family)
+            end_all(self._family)
             self._process = None
         for leftover in SHM.glob(f"{self._shm_prefix}*"):
             leftover.unlink(missing_ok=True)
@@ -179,44 +179,6 @@ def _top_level(configs: dict[str, Any]) -> list[str]:
     """What must be loaded: an ensemble loads its steps, and would load them again."""
     steps = {s.model_name for config in configs.values() for s in config.ensemble_scheduling.step}
     return sorted(set(configs) - steps)
-
-
-def _starts() -> dict[int, tuple[int, str]]:
-    """Parent and start time of every process."""
-    found = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = file.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:  # ended meanwhile
-            continue
-        if fields[0] != "Z":
-            found[int(file.parent.name)] = (int(fields[1]), fields[19])
-    return found
-
-
-def _descendants(root: int) -> dict[int, str]:
-    """Start times of the processes below `root`: the stubs, and the ranks of the engines they run."""
-    processes, family = _starts(), {root}
-    while True:
-        more = {pid for pid, (parent, _) in processes.items() if parent in family} - family
-        if not more:
-            return {pid: processes[pid][1] for pid in family - {root}}
-        family |= more
-
-
-def _end_all(family: dict[int, str], grace_s: float = 10.0) -> None:
-    """Wait for `family` to end by itself, then kill what remains of it."""
-    deadline = time.monotonic() + grace_s
-    while True:
-        processes = _starts()
-        left = [pid for pid, start in family.items() if processes.get(pid, (0, ""))[1] == start]
-        if not left:
-            return
-        if time.monotonic() > deadline:
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
 
 
 def _reason(body: bytes) -> str:
