@@ -30,7 +30,7 @@ def compare_engines(
     max_tokens: int,
     concurrency: Sequence[int] = (1, 32),
     num_requests: int | None = None,
-    rounds: int = 3,
+    rounds: int = 5,
     seed: int = 0,
     baseline_facts: dict[str, Any] | None = None,
     candidate_facts: dict[str, Any] | None = None,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from triton_repo.compare import Comparison
 
 TRITON, BENCH = "triton", "trtllm-bench"
-DEFAULTS = {TRITON: {"concurrency": "1,2,4", "rounds": 8}, BENCH: {"concurrency": "1,32", "rounds": 3}}
+DEFAULTS = {TRITON: {"concurrency": "1,2,4", "rounds": 8}, BENCH: {"concurrency": "1,32", "rounds": 5}}
 # Options of one way of measuring only.
 ONLY = {TRITON: ("prompts", "model", "load_generator"), BENCH: ("input_tokens", "num_requests")}
 
@@ -51,7 +51,7 @@ ONLY = {TRITON: ("prompts", "model", "load_generator"), BENCH: ("input_tokens", 
     "--concurrency", help="Requests in flight, a list. Default: 1,2,4; trtllm-bench: 1,32. GPUs: try 1,32."
 )
 @click.option(
-    "--rounds", type=click.IntRange(2), help="Interleaved rounds a level. Default: 8; trtllm-bench: 3."
+    "--rounds", type=click.IntRange(2), help="Interleaved rounds a level. Default: 8; trtllm-bench: 5."
 )
 @click.option(
     "--input-tokens", type=click.IntRange(1), help="Random prompt tokens of trtllm-bench. Default: 128."
