@@ -232,6 +232,7 @@ OPTIONS = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if
 REPOSITORY = Path(OPTIONS["model-repository"])
 MODELS = {{file.parent.name: pbtxt.read(file) for file in REPOSITORY.glob("*/config.pbtxt")}}
 print("stand-in for tritonserver on GPUs", os.environ.get("CUDA_VISIBLE_DEVICES", "all"), flush=True)
+print(f"cores {{len(os.sched_getaffinity(0))}}", flush=True)
 if os.environ.get("STANDIN_PIDS"):
     with open(os.environ["STANDIN_PIDS"], "a") as file:
         file.write(f"{{os.getpid()}}\\n")

@@ -21,6 +21,7 @@ from standin import StandIn
 from test_random_weights import write_config
 
 from builder import huggingface, manifest
+from engines import hardware
 from engines import manifest as engine_manifest
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "h100_node"
@@ -139,9 +140,9 @@ def test_golden_commands(config: Path, tmp_path: Path) -> None:
 def test_the_dry_run_as_text(tmp_path: Path) -> None:
     result = run("--model", "nemotron-ultra-253b", "--path", "engine", "--dry-run", "-o", tmp_path / "w")
     assert result.returncode == 0, result.stderr
-    assert "build-fused: 536.3 GB of disk, 73.5 GB of each GPU" in result.stdout
+    assert "build-fused: 536.3 GB of disk, 76.9 GB of each GPU" in result.stdout
     assert "--group 66-73 --group 74-85 --group 86-100 --group 101-114" in result.stdout
-    assert "serve-engine: left out: both servers need 147.0 GB of each GPU, it has 85.5" in result.stdout
+    assert "serve-engine: left out: both servers need 151.5 GB of each GPU, it has 85.5" in result.stdout
     assert "No GPU here: counted for 8 of 85.5 GB each" in result.stdout
 
 
@@ -154,12 +155,14 @@ def test_servers_that_share_gpus(tmp_path: Path) -> None:
         for kind in ("baseline", "fused"):
             command = stages[f"deploy-{path}-{kind}"]["command"]
             fractions.append(float(command[command.index("--kv-cache-fraction") + 1]))
-        weights = [stages[f"convert-{kind}"]["needs"]["disk"] / 8 + 2**31 for kind in ("baseline", "fused")]
+        batch = 32 * 4096 * 2 * 128 * 2  # KV bytes of a layer at TP 8, whose rank has one head
+        layers = {"baseline": 80, "fused": 49}
+        weights = [stages[f"build-{k}"]["needs"]["gpu"] - n * batch for k, n in layers.items()]
         first = fractions[0] * (memory - weights[0])
         second = fractions[1] * (memory - weights[0] - first - weights[1])
         assert first == pytest.approx(second, rel=0.05)
         assert first > 10e9
-        assert memory - sum(weights) - first - second > 5e9
+        assert memory - sum(weights) - first - second > 2e9
         command = stages[f"serve-{path}"]["command"]
         assert [command[i + 4] for i, word in enumerate(command) if word == "--server"] == ["all"] * 2
 
@@ -176,6 +179,20 @@ def test_the_253b_is_the_published_model() -> None:
     assert widths == [399_360, 425_984, 343_040, 301_056]
     free = [i for layer in told["layers"] if not layer["num_key_value_heads"] for i in layer["members"]]
     assert [i for i in free if i > 64] == list(range(66, 116))
+
+
+def test_gpu_memory_is_what_build_engine_estimates(config: Path, machine: StandIn, tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    common = ("--model", config, *TINY, "--path", "engine", "-o", work)
+    result = run(*common, "--until", "convert-fused", env=machine.environment)
+    assert result.returncode == 0, result.stderr
+    told = {stage["name"]: stage for stage in dry(*common)["stages"]}
+    for kind in ("baseline", "fused"):
+        command = [*told[f"build-{kind}"]["command"], "--dry-run", "--json"]
+        command[0] = str(Path(sys.executable).with_name(command[0]))
+        answer = subprocess.run(command, env=machine.environment, capture_output=True, text=True, check=True)
+        expected = json.loads(answer.stdout)["estimate"]["gpu_bytes"]
+        assert told[f"build-{kind}"]["needs"]["gpu"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_fp8_and_a_shape_of_ones_own(config: Path, tmp_path: Path) -> None:
@@ -326,7 +343,7 @@ def test_the_evidence(config: Path, machine: StandIn, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "machine_is", "message"),
     [
-        (("--model", "llama-3.1-405b"), {}, "build-baseline, .*: 115.8 GB of each GPU, it has 85.5; raise"),
+        (("--model", "llama-3.1-405b"), {}, "build-baseline, .*: 116.9 GB of each GPU, it has 85.5; raise"),
         (("--model", "llama-3.1-70b", "--tp", 4), {"free_mib": 1000}, "GB of host memory, .* free; lower"),
     ],
 )
@@ -442,7 +459,9 @@ def test_the_whole_way(path: str, config: Path, machine: StandIn, tmp_path: Path
     assert f"{path}-baseline answers on port {port}" in (work / "logs" / f"serve-{path}.log").read_text()
     model = "ensemble" if path == "engine" else "tensorrt_llm"
     for kind, gpus in (("baseline", "0,1"), ("fused", "2,3")):
-        assert f"GPUs {gpus}\n" in evidence_file(work, f"logs/server-{path}-{kind}.log")
+        log = evidence_file(work, f"logs/server-{path}-{kind}.log")
+        assert f"GPUs {gpus}\n" in log
+        assert f"cores {hardware.cores()}\n" in log  # mpirun binds no rank to one
         place = f"triton/{path}/{kind}"
         assert "TRITONSERVER" in evidence_file(work, f"{place}/manifests/start.sh")
         assert f'name: "{model}"' in evidence_file(work, f"{place}/repository/{model}/config.pbtxt")
@@ -473,32 +492,41 @@ def test_the_whole_way(path: str, config: Path, machine: StandIn, tmp_path: Path
     assert (work / "evidence.tar.gz").stat().st_size < 10e6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
-def test_a_run_killed_while_it_serves(number: int, config: Path, machine: StandIn, tmp_path: Path) -> None:
-    """No server stays, and the next run repeats that stage alone."""
+def test_a_run_killed_while_it_serves(config: Path, machine: StandIn, tmp_path: Path) -> None:
+    """Whatever ends it, no rank stays, and the next run repeats that stage alone."""
     work, pids, port = tmp_path / "work", tmp_path / "pids", free_port()
-    command = ("--model", config, *TINY, "--path", "pytorch", "--http-port", port, "-o", work)
-    until = ("--until", "deploy-pytorch-fused")
-    ready = run(*command, *until, env=machine.environment)
+    command = ("--model", config, *TINY, "--path", "engine", "--http-port", port, "-o", work)
+    ready = run(*command, "--until", "deploy-engine-fused", env=machine.environment)
     assert ready.returncode == 0, ready.stderr
-    before = results(work)
+    number_before = len(results(work))
 
-    # The baseline's server loads for longer than this test waits.
-    environment = {**machine.environment, "STANDIN_PIDS": str(pids), "STANDIN_LOADING_S": "300"}
-    process = start(*command, env=environment)
-    wait_until(lambda: pids.is_file() and listens(port))
-    process.send_signal(number)
-    assert process.wait(60) != 0
-    wait_until(lambda: not alive(pids))
-    assert not listens(port)
-    if number != signal.SIGKILL:
-        assert statuses(work)[-1] == "failed"
-        assert "evidence/logs/server-pytorch-baseline.log" in members(work)
+    log = work / "logs" / "serve-engine.log"
+    for number, loading_s, ranks in (
+        (signal.SIGTERM, "0.5", 4),  # while it is measured
+        (signal.SIGTERM, "300", 2),  # while the baseline's server loads
+        (signal.SIGHUP, "300", 2),
+        (signal.SIGINT, "300", 2),
+        (signal.SIGKILL, "300", 2),
+    ):
+        for file in (pids, log):
+            file.unlink(missing_ok=True)
+        process = start(
+            *command, env={**machine.environment, "STANDIN_PIDS": str(pids), "STANDIN_LOADING_S": loading_s}
+        )
+        wait_until(lambda count=ranks: pids.is_file() and len(pids.read_text().split()) == count)
+        wait_until(lambda count=ranks: listens(port) and (count < 4 or "fused answers" in log.read_text()))
+        process.send_signal(number)
+        assert process.wait(60) != 0
+        wait_until(lambda: not alive(pids))
+        assert not listens(port)
+        assert not (work / "reports" / "triton-engine").exists()
+        if number != signal.SIGKILL:
+            assert statuses(work)[-1] == "failed"
+            assert "evidence/logs/server-engine-baseline.log" in members(work)
 
     again = run(*command, env=machine.environment)
     assert again.returncode == 0, again.stderr
-    assert statuses(work) == ["done before"] * len(before) + ["done"]
-    assert "reports/triton-pytorch" in results(work)["serve-pytorch"]["command"]
+    assert statuses(work) == ["done before"] * number_before + ["done"]
 
 
 def start(*arguments: object, env: dict[str, str]) -> subprocess.Popen[bytes]:

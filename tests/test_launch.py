@@ -53,7 +53,7 @@ LEADER = [
     "--grpc-port=8001",
     "--metrics-port=8002",
     "--metrics-config=histogram_latencies=true",
-    "--backend-config=python,shm-region-prefix-name=prefix0_",
+    "--backend-config=python,shm-region-prefix-name=prefix0_8000_",
 ]
 
 
@@ -65,7 +65,7 @@ def worker(rank: int) -> list[str]:
         "--allow-http=false",
         "--allow-grpc=false",
         "--allow-metrics=false",
-        f"--backend-config=python,shm-region-prefix-name=prefix{rank}_",
+        f"--backend-config=python,shm-region-prefix-name=prefix{rank}_8000_",
     ]
 
 
@@ -127,6 +127,13 @@ def test_release_without_image() -> None:
 def test_mpirun_tp8() -> None:
     assert server_command(deployment(tp_size=8)) == ["mpirun", "--allow-run-as-root", *ranks(8)]
     assert environment(deployment(tp_size=8)) == {}
+
+
+def test_servers_of_a_host_share_no_memory() -> None:
+    """Of two on other ports no two ranks have one prefix."""
+    words = [word for port in (8000, 8010) for word in server_command(deployment(), port)]
+    prefixes = [word for word in words if "shm-region-prefix-name" in word]
+    assert len(set(prefixes)) == len(prefixes) == 4
 
 
 def test_mpirun_tp4_pp2_is_the_same_world() -> None:
@@ -286,7 +293,9 @@ def test_mpirun_gives_each_rank_its_words_and_host(tmp_path: Path) -> None:
     )
     prefix = "--backend-config=python,shm-region-prefix-name=prefix"
     where = ("here", "here", "elsewhere", "elsewhere")
-    assert sorted(run.stdout.splitlines()) == [f"{i} {host} {prefix}{i}_" for i, host in enumerate(where)]
+    assert sorted(run.stdout.splitlines()) == [
+        f"{i} {host} {prefix}{i}_8000_" for i, host in enumerate(where)
+    ]
 
 
 # A real tritonserver reads the options

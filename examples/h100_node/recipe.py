@@ -11,8 +11,10 @@ from typing import Any
 
 from stages import Stage, environment
 
+from builder import huggingface
 from builder.errors import UserError
 from engines.trtllm.estimate import ELEMENT_BYTES, HOST_COPIES, RUNTIME_BYTES
+from engines.trtllm.options import BuildOptions
 from triton_repo.cli.compare_latency import parse_concurrency
 
 KINDS = ("baseline", "fused")
@@ -115,11 +117,17 @@ class Cost:
     checkpoint: int
     rank_weights: int
     rank_kv: int
+    rank_activations: int
+
+    @property
+    def fixed(self) -> int:
+        """Of each GPU: all but the KV cache."""
+        return self.rank_weights + self.rank_activations + RUNTIME_BYTES
 
     @property
     def gpu(self) -> int:
-        """Of each GPU, without activations: weights, KV cache at the full batch and length, runtime."""
-        return self.rank_weights + self.rank_kv + RUNTIME_BYTES
+        """Of each GPU, with the KV cache at the full batch and length."""
+        return self.fixed + self.rank_kv
 
 
 def cost(choice: Choice, kind: str, *, engine: bool) -> Cost:
@@ -139,7 +147,16 @@ def cost(choice: Choice, kind: str, *, engine: bool) -> Cost:
         checkpoint=sum(told["rank_bytes"]),
         rank_weights=max(told["rank_bytes"]),
         rank_kv=per_token * choice.max_batch_size * choice.max_seq_len,
+        rank_activations=_activations(choice, max(layer["width"] or 0 for layer in told["layers"])),
     )
+
+
+def _activations(choice: Choice, width: int) -> int:
+    """As build-engine estimates them: the widest FFN and the hidden states of a full step, float32 logits."""
+    model = huggingface.read_architecture(choice.model)
+    inner = 3 * model.hidden_size + 3 * width // choice.tp_size
+    tokens = BuildOptions().max_num_tokens
+    return 2 * tokens * inner + 4 * choice.max_batch_size * model.vocab_size
 
 
 def write_stages(choice: Choice, costs: dict[str, Cost], kinds: tuple[str, ...]) -> list[Stage]:
@@ -244,14 +261,14 @@ def _bench(choice: Choice, path: str, engines: dict[str, Path], costs: dict[str,
 def kv_fractions(costs: dict[str, Cost], memory: int, apart: bool) -> dict[str, float]:
     """What --kv-cache-fraction says to each server.
 
-    Servers on the same GPUs get 0.4 each of what both weights and runtimes leave; 0.2 stay for activations.
-    The second is told its share of what it finds.
+    Servers on the same GPUs get 0.45 each of what all but the caches leaves; the second is told its share of
+    what it finds.
     """
-    taken = {kind: costs[kind].rank_weights + RUNTIME_BYTES for kind in KINDS}
-    left = memory - sum(taken.values())
+    first, second = (costs[kind].fixed for kind in KINDS)
+    left = memory - first - second
     if apart or left <= 0:
         return dict.fromkeys(KINDS, KV_FRACTION)
-    return {KINDS[0]: max(0.01, 0.4 * left / (memory - taken[KINDS[0]])), KINDS[1]: 0.4 / 0.6}
+    return {KINDS[0]: max(0.01, 0.45 * left / (memory - first)), KINDS[1]: 0.45 / 0.55}
 
 
 def triton_stages(

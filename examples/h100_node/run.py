@@ -24,6 +24,7 @@ from engines import hardware
 
 GPUS = 8
 GPU_BYTES = 81559 << 20  # of an H100, where none is here to ask
+SPARE = 0.05  # of GPU memory, where two servers share what is there by estimates
 PATH = click.Path(path_type=Path)
 
 
@@ -99,9 +100,10 @@ def plan(choice: Choice, path: str, until: str | None) -> tuple[list[Stage], dic
         stages += of_path(choice, costs)
         triton = triton_stages(choice, name, costs, gpus, memory)
         needed = triton[-1].needs["gpu"]
-        if needed > memory:
+        if needed > (1 - SPARE) * memory:
             left_out[triton[-1].name] = (
-                f"both servers need {needed / 1e9:.1f} GB of each GPU, it has {memory / 1e9:.1f}; "
+                f"both servers need {needed / 1e9:.1f} GB of each GPU, it has {memory / 1e9:.1f} and "
+                f"{SPARE:.0%} should stay free; "
                 "compare-latency needs both at once: lower --max-batch-size or --max-seq-len, give "
                 "--path engine --quant fp8, or use larger GPUs"
             )
@@ -143,8 +145,8 @@ def show(choice: Choice, stages: list[Stage], left_out: dict[str, str], as_json:
     weights = "its own weights" if choice.seed is None else f"random weights of seed {choice.seed}"
     click.echo(f"{choice.model}, {weights}: {disk / 1e9:.1f} GB of disk in all")
     click.echo(
-        "GPU memory: weights and KV cache counted, 2.1 GB assumed for the runtime, activations come on top; "
-        "host memory is estimated."
+        "GPU memory: weights and KV cache counted, activations estimated, 2.1 GB assumed for the runtime; "
+        "host memory estimated."
     )
     if not hardware.gpus():
         click.echo(f"No GPU here: counted for {GPUS} of {GPU_BYTES / 1e9:.1f} GB each, as an H100 has them.")

@@ -28,6 +28,8 @@ from triton_repo.client import discover, generate
 from triton_repo.launch.commands import EXIT_TIMEOUT_S
 
 MARK = "FFN_FUSION_SERVER"  # in the environment of a server and all it starts, whatever their session
+# mpirun binds a rank and all its threads to one core, of several mpiruns to the same ones: Open MPI 5 and 4.
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none", "OMPI_MCA_hwloc_base_binding_policy": "none"}
 STOP_S = max(EXIT_TIMEOUT_S.values()) + 30
 LEFT_OVER_S = 10  # for what is left of a server that has ended
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -55,7 +57,7 @@ def served(server: Server, timeout_s: int) -> Iterator[subprocess.Popen[bytes]]:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **visible, MARK: mark},
+            env={**os.environ, **UNBOUND, **visible, MARK: mark},
             start_new_session=True,
         )
     try:

@@ -129,7 +129,7 @@ def _srun(deployment: Deployment, nodes: int, gpus_per_node: int, http_port: int
     if deployment.flavour == "llmapi":
         return [*start, *_llmapi_rank(deployment, http_port)]
     leader = shlex.join(_leader(deployment, http_port))
-    worker = f'{shlex.join(_worker(deployment))} "{_shm_prefix("${SLURM_PROCID}")}"'
+    worker = f'{shlex.join(_worker(deployment))} "{_shm_prefix("${SLURM_PROCID}", http_port)}"'
     choice = f'if [ "$SLURM_PROCID" -eq 0 ]; then exec {leader}; else exec {worker}; fi'
     return [*start, "bash", "-c", choice]
 
@@ -143,7 +143,7 @@ def _ranks(deployment: Deployment, http_port: int) -> list[str]:
     """mpirun's program list of leader mode: one server a rank."""
     words = ["-n", "1", *_leader(deployment, http_port)]
     for rank in range(1, deployment.world_size):
-        words += [":", "-n", "1", *_worker(deployment), _shm_prefix(rank)]
+        words += [":", "-n", "1", *_worker(deployment), _shm_prefix(rank, http_port)]
     return words
 
 
@@ -157,7 +157,7 @@ def _leader(deployment: Deployment, http_port: int) -> list[str]:
         f"--metrics-port={metrics}",
         # Time to first response; in Triton from 24.11 on, and all images of TAGS are newer.
         "--metrics-config=histogram_latencies=true",
-        _shm_prefix(0),
+        _shm_prefix(0, http_port),
     ]
 
 
@@ -180,9 +180,9 @@ def _server(deployment: Deployment) -> list[str]:
     ]
 
 
-def _shm_prefix(rank: int | str) -> str:
-    """Ranks of a host share /dev/shm."""
-    return f"--backend-config=python,shm-region-prefix-name=prefix{rank}_"
+def _shm_prefix(rank: int | str, http_port: int) -> str:
+    """Ranks of a host share /dev/shm, and so do its servers, which the port tells apart."""
+    return f"--backend-config=python,shm-region-prefix-name=prefix{rank}_{http_port}_"
 
 
 def _no_pools(deployment: Deployment) -> list[str]:
