@@ -47,8 +47,9 @@ def main(debug: bool) -> None:
     \b
     HF directory --fuse/convert--> checkpoint --build-engine--> engine --deploy--> Triton --compare-latency
     """
-    # A terminated command cleans up as an interrupted one does.
-    signal.signal(signal.SIGTERM, _terminate)
+    # A command that is told to end, or loses its terminal, cleans up as an interrupted one does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
 
 
 for command in (*builder.cli.COMMANDS, *engines.cli.COMMANDS, *triton_repo.cli.COMMANDS):

@@ -292,3 +292,27 @@ def test_no_difference_is_said() -> None:
     rounds = make_rounds(1.0, seed=3)
     row = compare.row(rounds, "inter_token_ms", 1, 0)
     assert not row.ratio.differs
+
+
+def test_every_client_is_at_work(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts for 16 clients are sent again; as many requests are in flight as the report says."""
+    lock, state = threading.Lock(), {"now": 0, "peak": 0, "all": 0}
+    whole = threading.Barrier(16, timeout=20)
+
+    def counted(*arguments: object, **options: object) -> RequestTiming:
+        with lock:
+            state["now"] += 1
+            state["all"] += 1
+            state["peak"] = max(state["peak"], state["now"])
+        whole.wait()  # passes only where all 16 are at work together
+        with lock:
+            state["now"] -= 1
+        return RequestTiming(ttft_s=0.1, inter_token_s=(0.1,), latency_s=0.2, text="x")
+
+    monkeypatch.setattr(compare, "measure", counted)
+    result = compare.compare(
+        endpoint, endpoint, prompts=["a", "b", "c", "d"], max_tokens=2, concurrency=(16,), rounds=2
+    )
+    assert state["peak"] == 16
+    assert state["all"] == (4 + 4) * 32
+    assert result.settings["requests"] == [32]

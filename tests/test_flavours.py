@@ -204,14 +204,14 @@ def test_options_become_llm_arguments(pytorch: Path, tiny_hf: Path, tmp_path: Pa
     }
     model = config(tmp_path / "r")
     assert (model.max_batch_size, model.model_transaction_policy.decoupled) == (0, True)
-    assert parameters(tmp_path / "r") == {"gpu_device_ids": "4,5"}
+    assert parameters(tmp_path / "r")["gpu_device_ids"] == "4,5"
+    assert json.loads(parameters(tmp_path / "r")["ffn_fusion_facts"])["tp_size"] == 2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_batch_size": 3}, "max_batch_size: 3 is above the engine's 2"),
-        ({"instances": 2}, "2 instances need gpu_device_ids"),
         ({"gpu_ids": ((0, 1, 2),)}, "gpu_ids: 3 GPUs for instance 0, the engine has 2 ranks"),
         ({"draft": "unlike"}, "draft: .* has vocab_size"),
         ({"draft": "older"}, r"built by TensorRT-LLM 1\.1\.0, the engine by 1\.2\.1"),
@@ -249,6 +249,7 @@ def test_engine_without_paged_context(target: Path, tiny_hf: Path, tmp_path: Pat
         ({"kv_cache_fraction": 1.5}, "kv_cache_fraction: 1.5 is not between 0 and 1"),
         ({"gpu_ids": ((0, 0),)}, "gpu_ids: GPU 0 is named twice"),
         ({"gpu_ids": ((0,), (1,))}, "gpu_ids: 2 lists for 1 instances"),
+        ({"instances": 2}, "instances: 2 need --gpu-ids"),
         ({"scheduler_policy": "fifo"}, "scheduler_policy: 'fifo' is not one of"),
     ],
 )
@@ -262,7 +263,8 @@ def test_options_out_of_range(options: dict, message: str) -> None:
     [
         ({"max_queue_size": 3}, "max_queue_size: the LLM API has its own queue"),
         ({"max_batch_size": 3}, "max_batch_size: 3 is above the 2 that was checked"),
-        ({"draft": Path("nowhere")}, r"draft: nowhere has no config\.json"),
+        ({"draft": Path("/nowhere")}, r"draft: /nowhere has no config\.json"),
+        ({"bls_instances": 2}, "bls_instances: the LLM API's repository has no tensorrt_llm_bls"),
     ],
 )
 def test_what_does_not_fit_the_llm_api(options: dict, message: str, pytorch: Path, tmp_path: Path) -> None:
@@ -283,6 +285,18 @@ def test_what_does_not_fit_the_llm_api(options: dict, message: str, pytorch: Pat
             "decoupled: true",
             "decoupled: false",
             "decoupled is not what tensorrt_llm says",
+        ),
+        (
+            "tensorrt_llm",
+            'string_value: "0.9"',
+            'string_value: "nine"',
+            "fraction is 'nine'",
+        ),
+        (
+            "tensorrt_llm",
+            'string_value: "1"',
+            'string_value: "7"',
+            "max_beam_width is '7'",
         ),
         ("tensorrt_llm", "inflight_fused_batching", "fused", "gpt_model_type is 'fused'"),
         (
@@ -315,7 +329,7 @@ def test_rules_of_a_changed_repository(
 def test_rules_of_a_lost_engine(target: Path, tiny_hf: Path, tmp_path: Path) -> None:
     place = write(target, tiny_hf, tmp_path / "r")
     (target / "rank1.engine").unlink()
-    with pytest.raises(UserError, match="has 1 of 2 rank files"):
+    with pytest.raises(UserError, match=r"rank1\.engine is missing"):
         rules.check(place)
     (target / "config.json").unlink()
     with pytest.raises(UserError, match=r"gpt_model_path .* has no config\.json"):
@@ -341,7 +355,9 @@ def test_deploy_says_how_to_start(target: Path, pytorch: Path, tiny_hf: Path, tm
     answer = json.loads(result.stdout)
     assert (answer["flavour"], answer["tried"], answer["model"]) == ("engine", False, "ensemble")
     assert answer["image"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
-    assert answer["start"]["server"].startswith("mpirun --allow-run-as-root -n 1 /opt/tritonserver")
+    assert answer["start"]["server"].startswith(
+        "mpirun --allow-run-as-root --bind-to none -n 1 /opt/tritonserver"
+    )
     assert answer["start"]["server"].count("tritonserver/bin/tritonserver") == 2
     assert answer["start"]["docker"].startswith("docker run")
     names = {Path(file).name for file in answer["files"]}
@@ -388,7 +404,7 @@ def test_deploy_serves_in_the_container_only(target: Path, tiny_hf: Path, tmp_pa
         (("{target}", "--tokenizer", "{hf}", "-o", "{out}", "--gpu-ids", "a"), 1, "gpu_ids: 'a' is no list"),
         (("{pytorch}", "-o", "{out}", "--max-queue-size", "4"), 1, "max_queue_size: the LLM API"),
         (
-            ("{embedded}", "--tokenizer", "{hf}", "-o", "{out}", "--instances", "2"),
+            ("{embedded}", "--tokenizer", "{hf}", "-o", "{out}", "--max-batch-size", "2"),
             1,
             "embedded engines take",
         ),

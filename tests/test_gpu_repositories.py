@@ -318,7 +318,7 @@ def test_served_from_inside_the_container(
     deployment = read_deployment(llmapi.repository)
     assert deployment is not None
     with pytest.raises(UserError, match="/opt/tritonserver/bin/tritonserver: missing; run this inside"):
-        container.check(deployment)
+        container.check(deployment, servers._ports(0)[0])
     monkeypatch.setattr(commands, "TRITONSERVER", str(wrapper))
     port, said = servers._ports(0)[0], []
 
@@ -334,7 +334,9 @@ def test_served_from_inside_the_container(
     assert said[1]
     other = replace(deployment, tp_size=2)
     with pytest.raises(UserError, match="gpu: 2 needed, 1 visible"):
-        container.check(other)
+        container.check(other, port)
+    with pytest.raises(UserError, match=f"port {llmapi.port} is taken"):
+        container.check(deployment, llmapi.port)
 
 
 def is_server(pid: int, port: int) -> bool:

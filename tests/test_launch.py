@@ -125,7 +125,13 @@ def test_release_without_image() -> None:
 
 
 def test_mpirun_tp8() -> None:
-    assert server_command(deployment(tp_size=8)) == ["mpirun", "--allow-run-as-root", *ranks(8)]
+    assert server_command(deployment(tp_size=8)) == [
+        "mpirun",
+        "--allow-run-as-root",
+        "--bind-to",
+        "none",
+        *ranks(8),
+    ]
     assert environment(deployment(tp_size=8)) == {}
 
 
@@ -152,7 +158,7 @@ def test_llmapi_starts_its_own_workers() -> None:
 )
 def test_orchestrator(changes: dict[str, Any], gpus: int) -> None:
     assert server_command(deployment(**changes)) == [
-        *("mpirun", "--allow-run-as-root", "-n", "1"),
+        *("mpirun", "--allow-run-as-root", "--bind-to", "none", "-n", "1"),
         *LEADER,
         "--pinned-memory-pool-byte-size=0",
         "--enable-peer-access=false",
@@ -197,13 +203,15 @@ def test_a_directory_inside_another_is_mounted_once() -> None:
 
 def test_mpirun_over_hosts() -> None:
     made = multi_node_command(SEVERAL["engine"], ("a", "b"), remote_shell="/shell")
-    start = ["mpirun", "--allow-run-as-root", "--mca", "plm_rsh_agent", "/shell", "--host", "a:8,b:8"]
+    start = ["mpirun", "--allow-run-as-root", "--bind-to", "none"]
+    start += ["--mca", "plm_rsh_agent", "/shell", "--host", "a:8,b:8"]
     assert made == [*start, *ranks(16)]
 
 
 def test_llmapi_over_hosts() -> None:
     made = multi_node_command(SEVERAL["llmapi"], ("a", "b", "c", "d"), gpus_per_node=4)
-    start = ["mpirun", "--allow-run-as-root", "--host", "a:4,b:4,c:4,d:4", "-n", "16", "trtllm-llmapi-launch"]
+    start = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--host", "a:4,b:4,c:4,d:4"]
+    start += ["-n", "16", "trtllm-llmapi-launch"]
     assert made == [*start, *server_command(SEVERAL["llmapi"])]
 
 
@@ -242,7 +250,11 @@ def test_engine_under_slurm(rank: int, tmp_path: Path) -> None:
         ({"tp_size": 16, "instances": 2}, {}, "instances: 2 of 2 nodes each"),
         ({"tp_size": 16, "draft": True}, {}, "draft: works on one node, 16 ranks need 2"),
         ({"tp_size": 16, "gpu_ids": (tuple(range(16)),)}, {}, "gpu_ids: every one of 2 nodes numbers"),
-        ({"gpu_ids": ((4, 5),)}, {}, "gpu_ids: 4,5 are not in a pod, which numbers its GPUs 0 to 1"),
+        (
+            {"directories": (Path("/opt/engine"),), "repository": Path("/opt/repository")},
+            {},
+            "/opt/repository: has no directory but /opt in common",
+        ),
         ({"tensorrt_llm": "1.3.0rc20"}, {}, "tensorrt_llm: no tritonserver image has 1.3.0rc20"),
         (
             {"directories": (Path("/other/engine"),)},
@@ -832,3 +844,10 @@ def test_inter_token_latency_of_known_rates() -> None:
     }
     number = re.sub(r"sum\(rate\((\w+)\{[^}]*\}\[[^\]]*\]\)\)", lambda m: str(rates[m[1]]), expression)
     assert eval(number, {"__builtins__": {}}) == 5
+
+
+def test_chosen_gpus_have_no_pod(tmp_path: Path) -> None:
+    """A pod numbers its GPUs from 0; docker and scripts see them all."""
+    names = {file.name for file in files.write(deployment(gpu_ids=((4, 5),)), tmp_path / "start")}
+    assert "kubernetes.yaml" not in names
+    assert {"start.sh", "docker-run.sh", "compose.yaml"} <= names

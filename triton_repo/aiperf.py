@@ -19,7 +19,7 @@ from builder.errors import UserError
 from engines import logged
 from engines.embedded.process import child_environment
 from triton_repo.client import Endpoint
-from triton_repo.compare import Comparison, assemble, interleave
+from triton_repo.compare import Comparison, assemble, enough, interleave
 from triton_repo.rounds import SIDES, AnyRound, RecordedRound
 
 RECORDS = "profile_export.jsonl"
@@ -186,6 +186,7 @@ def compare(
     seed: int = 0,
     baseline_facts: dict[str, Any] | None = None,
     candidate_facts: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Measure both endpoints with aiperf, a process a round, leaving its files in `runs`.
@@ -202,7 +203,7 @@ def compare(
             side,
             level,
             tokenizer=tokenizer,
-            prompts=prompts,
+            prompts=enough(prompts, level),
             max_tokens=max_tokens,
             directory=directory,
         )
@@ -213,10 +214,12 @@ def compare(
         measured,
         method=f"through Triton, by aiperf {used}",
         how=f"{rounds} interleaved rounds a side and level (ABBA), each a process of aiperf {used} that "
-        f"sends {len(prompts)} prompts, {max_tokens} tokens each, closed loop, after a warm-up.",
-        notes=(RESPONSES,),
+        f"sends {len(prompts)} prompts, repeated until every client has two, {max_tokens} tokens each, "
+        "closed loop, after a warm-up.",
+        notes=(RESPONSES, *notes),
         settings={
             "prompts": len(prompts),
+            "requests": [len(enough(prompts, level)) for level in concurrency],
             "max_tokens": max_tokens,
             "concurrency": list(concurrency),
             "rounds": rounds,

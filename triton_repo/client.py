@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from builder.errors import UserError
-from triton_repo.dialect import ENGINE, LLMAPI, Dialect
+from triton_repo.dialect import ENGINE, LLMAPI, Dialect, stream_id
+from triton_repo.facts import FACTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,12 @@ class Endpoint:
     dialect: Dialect = ENGINE
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme != "http" or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            valid = parts.scheme == "http" and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is none
+            valid = False
+        if not valid:
             raise UserError(f"url: {self.url!r} is no http:// address; give e.g. http://127.0.0.1:8000")
 
 
@@ -73,6 +77,18 @@ def _inputs(endpoint: Endpoint) -> set[str] | None:
         return {tensor["name"] for tensor in json.loads(body)["inputs"]}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{endpoint.url}: is no Triton server; give the HTTP address of one") from None
+
+
+def server_facts(url: str) -> dict[str, Any]:
+    """What a server's tensorrt_llm says of its engine; the URL alone where it says nothing."""
+    url = url.rstrip("/")
+    with _request(Endpoint(url, LLMAPI.model), "GET", "/config") as response:
+        body = response.read()
+    try:
+        told = json.loads(body)["parameters"][FACTS]["string_value"]
+        return {"engine": url, **json.loads(told)}
+    except (ValueError, KeyError, TypeError):  # somebody else's repository
+        return {"engine": url}
 
 
 @contextmanager
@@ -135,7 +151,7 @@ def generate(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: An
 def stream(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> Iterator[str]:
     """The continuation as it comes, a piece a token; pieces may be empty."""
     body = endpoint.dialect.body(prompt, max_tokens, True, sampling)
-    body["id"] = uuid.uuid4().hex  # by which postprocessing knows what came before a piece
+    body["id"] = stream_id()
     with _post(endpoint, "generate_stream", body) as response:
         events = (_event(endpoint, line[5:]) for line in response if line.startswith(b"data:"))
         yield from pieces(events, endpoint.dialect, endpoint.url)

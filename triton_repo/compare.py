@@ -8,6 +8,7 @@ timed by this package's client through Triton, by aiperf through Triton, or by t
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,7 @@ def compare(
     baseline_facts: dict[str, Any] | None = None,
     candidate_facts: dict[str, Any] | None = None,
     quality: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Measure both endpoints, greedily, `rounds` rounds a side at each concurrency after a warm-up.
@@ -93,15 +95,18 @@ def compare(
     return assemble(
         measured,
         method="through Triton",
-        how=f"{rounds} interleaved rounds a side and level (ABBA) of {len(prompts)} prompts, {max_tokens} "
-        "tokens each, greedy, closed loop, after two warm-up rounds.",
+        how=f"{rounds} interleaved rounds a side and level (ABBA) of {len(prompts)} prompts, repeated "
+        f"until every client has two, {max_tokens} tokens each, greedy, closed loop, after two warm-up "
+        "rounds.",
         settings={
             "prompts": len(prompts),
+            "requests": [len(enough(prompts, level)) for level in concurrency],
             "max_tokens": max_tokens,
             "concurrency": list(concurrency),
             "rounds": rounds,
             "seed": seed,
         },
+        notes=notes,
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
         quality=quality,
@@ -150,7 +155,12 @@ def assemble(
         how=how,
         rows=tuple(row(rounds, metric, level, seed) for level in levels for metric in metrics),
         inter_token_ms={} if tools else samples,
-        notes=(*notes, *_notes(rounds), *_few_rounds(settings["rounds"])),
+        notes=(
+            *notes,
+            *_backends(baseline_facts, candidate_facts),
+            *_notes(rounds),
+            *_few_rounds(settings["rounds"]),
+        ),
         settings=settings,
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
@@ -170,15 +180,29 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def enough(prompts: Sequence[str], level: int) -> list[str]:
+    """The prompts of one round, again and again until every client has two: else fewer would be at work."""
+    return list(itertools.islice(itertools.cycle(prompts), max(len(prompts), 2 * level)))
+
+
 def _run_round(side: str, endpoint: Endpoint, prompts: Sequence[str], max_tokens: int, level: int) -> Round:
     start = time.perf_counter()
     with ThreadPoolExecutor(level) as clients:
-        timings = tuple(clients.map(lambda p: measure(endpoint, p, max_tokens=max_tokens), prompts))
+        asked = enough(prompts, level)
+        timings = tuple(clients.map(lambda p: measure(endpoint, p, max_tokens=max_tokens), asked))
     return Round(side=side, concurrency=level, wall_s=time.perf_counter() - start, timings=timings)
 
 
 def _values(rounds: Sequence[AnyRound], side: str, level: int, metric: str) -> list[float]:
     return [x for r in rounds if (r.side, r.concurrency) == (side, level) for x in r.samples(metric)]
+
+
+def _backends(*facts: dict[str, Any] | None) -> tuple[str, ...]:
+    """Where the sides were not served alike, more than the models differs."""
+    first, second = ((known or {}).get("backend") for known in facts)
+    if first is None or second is None or first == second:
+        return ()
+    return (f"The sides ran in different backends, {first} and {second}: the ratio is of these too.",)
 
 
 def _notes(rounds: Sequence[AnyRound]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,15 +17,22 @@ from triton_repo.client import Endpoint, generate
 from triton_repo.deployment import Deployment
 from triton_repo.dialect import DIALECTS
 from triton_repo.launch import commands, images
-from triton_repo.launch.placement import num_gpus
+from triton_repo.launch.placement import START_S, num_gpus, ports
 from triton_repo.processes import descendants, end_all
 
-START_TIMEOUT_S = 3600.0  # hundreds of GB may come from a network disk
 PERIOD_S = 2.0
+REPORT_S = 60.0
 
 
-def check(deployment: Deployment) -> None:
+def check(deployment: Deployment, http_port: int) -> None:
     """Raise UserError with the first thing that keeps the server from starting here."""
+    for port in ports(http_port):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                raise UserError(f"http_port: port {port} is taken; choose another --http-port") from None
     if not Path(commands.TRITONSERVER).is_file():
         image = images.image_of(deployment).name
         raise UserError(f"{commands.TRITONSERVER}: missing; run this inside {image}, or start it with docker")
@@ -46,13 +54,13 @@ def serve(deployment: Deployment, http_port: int, report: Callable[[str], None])
 
     Raises UserError where something is missing, the server ends, or no token comes in time.
     """
-    check(deployment)
+    check(deployment, http_port)
     command = commands.server_command(deployment, http_port)
     environment = {**os.environ, **commands.environment(deployment)}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
     family: dict[int, str] = {}
     try:
-        _wait_for_token(process, deployment, http_port)
+        _wait_for_token(process, deployment, http_port, report)
         family.update(descendants(process.pid))  # of a killed server they cannot be found later
         report(f"serving {deployment.repository} on http://127.0.0.1:{http_port}")
         code = process.wait()
@@ -63,11 +71,13 @@ def serve(deployment: Deployment, http_port: int, report: Callable[[str], None])
         _stop(process, family, commands.stop_timeout_s(deployment))
 
 
-def _wait_for_token(process: subprocess.Popen[bytes], deployment: Deployment, http_port: int) -> None:
+def _wait_for_token(
+    process: subprocess.Popen[bytes], deployment: Deployment, http_port: int, report: Callable[[str], None]
+) -> None:
     dialect = DIALECTS[deployment.flavour]
     end = Endpoint(f"http://127.0.0.1:{http_port}", deployment.text_model, dialect=dialect)
-    deadline, last = time.monotonic() + START_TIMEOUT_S, ""
-    while time.monotonic() < deadline:
+    start, last, told = time.monotonic(), "", time.monotonic()
+    while time.monotonic() - start < START_S:
         if process.poll() is not None:
             raise UserError(f"tritonserver: ended with status {process.returncode}; its output is above")
         try:
@@ -76,8 +86,11 @@ def _wait_for_token(process: subprocess.Popen[bytes], deployment: Deployment, ht
             last = str(error)
         else:
             return
+        if time.monotonic() - told > REPORT_S:
+            told = time.monotonic()
+            report(f"no token yet after {told - start:.0f} s: {last}")
         time.sleep(PERIOD_S)
-    raise UserError(f"tritonserver: gave no token within {START_TIMEOUT_S:.0f} s: {last}")
+    raise UserError(f"tritonserver: gave no token within {START_S:.0f} s: {last}")
 
 
 def _stop(process: subprocess.Popen[bytes], family: dict[int, str], timeout_s: float) -> None:

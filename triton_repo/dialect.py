@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,11 @@ from typing import Any
 from builder.errors import UserError
 from triton_repo.flavours import llmapi
 from triton_repo.tensors import SAMPLING, WORDS
+
+
+def stream_id() -> str:
+    """An id for one streamed request: by it postprocessing knows what came before a piece."""
+    return f"stream-{uuid.uuid4().hex}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import uuid
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from builder.errors import UserError
 from triton_repo.client import pieces
-from triton_repo.dialect import ENGINE, Dialect
+from triton_repo.dialect import ENGINE, Dialect, stream_id
 
 _NUMPY = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_}
 _TRITON = {kind: name for name, kind in _NUMPY.items()}
@@ -43,13 +42,13 @@ class GrpcStream(Iterator[str]):
             raise UserError("tritonclient is missing; pip install 'ffn-fusion[triton]'") from None
         self._address, self._timeout_s = address, timeout_s
         self._model, self._dialect = model or dialect.model, dialect
-        self._id = uuid.uuid4().hex
+        self._id = stream_id()
         self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._grpc, self._client = grpc, grpc.InferenceServerClient(address)
         self._open = True
         body = dialect.body(prompt, max_tokens, True, sampling)
-        self._client.start_stream(callback=lambda result, error: self._answers.put((result, error)))
         arrays = {name: self._array(name, value) for name, value in body.items()}
+        self._client.start_stream(callback=lambda result, error: self._answers.put((result, error)))
         try:
             self._send(self._client, self._model, arrays, ("text_output",))
         except InferenceServerException:  # its cause comes through the callback
@@ -62,10 +61,13 @@ class GrpcStream(Iterator[str]):
         """A field of the dialect's body as Triton takes it; the engine flavour has a batch dimension."""
         kind = self._dialect.kind(name)
         values = list(value) if isinstance(value, (list, tuple)) else [value]
-        if kind == "STRING":
-            array = np.array([str(text).encode() for text in values], object)
-        else:
-            array = np.array(values, _NUMPY[kind])
+        try:
+            if kind == "STRING":
+                array = np.array([str(text).encode() for text in values], object)
+            else:
+                array = np.array(values, _NUMPY[kind])
+        except (ValueError, TypeError, OverflowError):
+            raise UserError(f"{name}: {value!r} is no {kind}") from None
         return array[None] if self._dialect is ENGINE else array
 
     def _send(self, client: Any, model: str, arrays: dict[str, np.ndarray], outputs: tuple[str, ...]) -> None:

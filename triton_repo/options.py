@@ -41,6 +41,8 @@ class DeployOptions:
         if len(set(ids)) != len(ids):
             twice = next(gpu for gpu in ids if ids.count(gpu) > 1)
             raise UserError(f"gpu_ids: GPU {twice} is named twice; give each rank a GPU of its own")
+        if self.instances > 1 and not self.gpu_ids:
+            raise UserError(f"instances: {self.instances} need --gpu-ids, a list each, e.g. 0,1;2,3 for two")
         if self.gpu_ids and len(self.gpu_ids) != self.instances:
             raise UserError(
                 f"gpu_ids: {len(self.gpu_ids)} lists for {self.instances} instances; give one list an "

@@ -143,7 +143,7 @@ def _removed(comparison: Comparison) -> list[tuple[str, int, int]]:
 
 
 def _ran(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """What ran on each side: name, baseline, candidate. A server's own engine is not known."""
+    """What ran on each side: name, baseline, candidate. Of a server, what its repository tells."""
     facts = [facts or {} for facts in (comparison.baseline_facts, comparison.candidate_facts)]
     rows = [
         (text, *(str(f[key]) if f.get(key) is not None else "" for f in facts)) for key, text in RAN.items()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from builder.errors import UserError
-from builder.storage import read_json
+from engines import manifest as manifests
 from triton_repo import pbtxt
+from triton_repo.flavours.llmapi import MODEL_YAML
 
 GUIDED = ("tokenizer_dir", "guided_decoding_backend", "xgrammar_tokenizer_info_path")
+TEXT = ("preprocessing", "postprocessing", "ensemble")
 BATCHING = ("inflight_fused_batching", "inflight_batching", "V1", "v1")
+
+
+def llmapi(repository: Path) -> bool:
+    """Whether its tensorrt_llm is the LLM API's, which takes text itself."""
+    return (repository / "tensorrt_llm" / "1" / MODEL_YAML).is_file()
 
 
 def check(repository: Path) -> dict[str, Any]:
@@ -19,8 +27,10 @@ def check(repository: Path) -> dict[str, Any]:
     configs = {}
     for file in sorted(repository.glob("*/config.pbtxt")):
         configs[file.parent.name] = pbtxt.read(file)
-    if "tensorrt_llm" not in configs:
-        raise UserError(f"{repository}: has no tensorrt_llm/config.pbtxt; write the repository with deploy")
+    models = ("tensorrt_llm",) if llmapi(repository) else ("tensorrt_llm", *TEXT)
+    for name in models:
+        if name not in configs:
+            raise UserError(f"{repository}: has no {name}/config.pbtxt; write the repository with deploy")
     for name, config in configs.items():
         file = repository / name / "config.pbtxt"
         for problem in _problems(name, config, configs, repository):
@@ -45,8 +55,8 @@ def _problems(name: str, config: Any, configs: dict[str, Any], repository: Path)
         yield from _steps(config, configs)
     if name == "tensorrt_llm_bls":
         yield from _names(config, configs)
-    if name == "tensorrt_llm" and (repository / name / "1" / "model.yaml").is_file():
-        yield from _llmapi(config, repository / name / "1" / "model.yaml")
+    if name == "tensorrt_llm" and llmapi(repository):
+        yield from _llmapi(config, repository / name / "1" / MODEL_YAML)
 
 
 def _parameter(config: Any, name: str) -> str:
@@ -108,18 +118,23 @@ def _backend(config: Any) -> Iterator[str]:
 
 
 def _engine(config: Any, directory: Path) -> Iterator[str]:
-    engine = read_json(directory / "config.json")
-    limit = (engine.get("build_config") or {}).get("max_batch_size")
-    if isinstance(limit, int) and config.max_batch_size > limit:
-        yield f"max_batch_size is {config.max_batch_size}, the engine's {limit}; lower it"
-    ranks = len(list(directory.glob("rank*.engine")))
-    mapping = (engine.get("pretrained_config") or {}).get("mapping") or {}
-    if mapping.get("world_size", ranks) != ranks:
-        yield f"{directory} has {ranks} of {mapping['world_size']} rank files; build or copy the engine again"
+    """The engine's own contract, and the files that it promises."""
+    engine = manifests.read(directory)
+    if config.max_batch_size > engine.max_batch_size:
+        yield f"max_batch_size is {config.max_batch_size}, the engine's {engine.max_batch_size}; lower it"
+    beams, most = _parameter(config, "max_beam_width"), engine.compiler.get("max_beam_width", 1)
+    if not beams.isdecimal() or not 1 <= int(beams) <= most:
+        yield f"max_beam_width is {beams!r}, the engine was built for {most}"
+    fraction = _parameter(config, "kv_cache_free_gpu_mem_fraction")
+    if not re.fullmatch(r"0?\.\d+", fraction) or float(fraction) == 0:
+        yield f"kv_cache_free_gpu_mem_fraction is {fraction!r}; give a number between 0 and 1"
+    missing = [r for r in range(engine.world_size) if not (directory / f"rank{r}.engine").is_file()]
+    if missing:
+        yield f"{directory}/rank{missing[0]}.engine is missing; build or copy the engine again"
     ids = _parameter(config, "gpu_device_ids")
     for part in ids.split(";") if ids else []:
-        if len(part.split(",")) != ranks:
-            yield f"gpu_device_ids {ids!r}: an instance of this engine needs {ranks} GPUs"
+        if len(part.split(",")) != engine.world_size:
+            yield f"gpu_device_ids {ids!r}: an instance of this engine needs {engine.world_size} GPUs"
 
 
 def _steps(config: Any, configs: dict[str, Any]) -> Iterator[str]:
@@ -154,12 +169,14 @@ def _llmapi(config: Any, file: Path) -> Iterator[str]:
 
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        triton = values["triton_config"]
+        triton, model = values["triton_config"], Path(values["model"])
         said = triton["decoupled"], triton["max_batch_size"]
-    except (yaml.YAMLError, KeyError, TypeError):
-        yield f"{file} has no triton_config with decoupled and max_batch_size; write it again with deploy"
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        yield f"{file} has no model, or no triton_config with decoupled and max_batch_size; deploy again"
         return
     if said != (config.model_transaction_policy.decoupled, config.max_batch_size):
         yield f"{file} says other values of decoupled and max_batch_size; make them one"
     if config.max_batch_size != 0:
         yield "max_batch_size is not 0; the LLM API batches by itself and takes one prompt a request"
+    if not (model / "config.json").is_file():
+        yield f"{file}: model {model} has no config.json; name the Hugging Face directory"

@@ -41,6 +41,9 @@ _WRITING = re.compile(r"Serializing engine to .*?rank(\d+)\.engine")
 _WRITTEN = "Engine serialized"
 _SAID = re.compile(r"^(\w+(\.\w+)*(Error|Exception)\b|.*\[E\]|.*CUDA out of memory|.*Killed)")
 
+# What it says last, whatever went wrong.
+_VAGUE = re.compile(r"Engine building failed, please check (the )?error log\.?$")
+
 Report = Callable[[str], None]
 
 
@@ -269,7 +272,8 @@ def _failure(
     for line in list(last)[-LAST_LINES:]:
         if report:
             report(f"  {line}")
-    said = [line for line in last if _SAID.match(line)] or [line for line in last if line.strip()]
+    said = [line for line in last if _SAID.match(line) and not _VAGUE.search(line)]
+    said = said or [line for line in last if line.strip()]
     reason = said[-1].strip() if said else "no output"
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}"

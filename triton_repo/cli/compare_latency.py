@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -132,7 +133,8 @@ def _through_triton(
             raise click.UsageError("--load-generator aiperf needs --tokenizer DIR")
         aiperf.find()
     ends = [_endpoint(stack, given, tokenizer, model) for given in (baseline, candidate)]
-    options.update(_facts(baseline, candidate), progress=_progress(stack, "warming up"))
+    options.update(_facts(baseline, candidate), notes=_elsewhere(baseline, candidate))
+    options.update(progress=_progress(stack, "warming up"))
     if runs is None:
         return compare.compare(*ends, **options)
     assert tokenizer is not None, "checked above"
@@ -176,7 +178,12 @@ def _runs(output: Path) -> Iterator[Path]:
         raise UserError(f"{directory.parent}: no such directory; create it first")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    yield directory
+    try:
+        yield directory
+    except BaseException:
+        if not any(directory.glob("**/*.log")):  # nothing ran
+            shutil.rmtree(directory)
+        raise
     shutil.rmtree(directory)
 
 
@@ -192,20 +199,18 @@ def _facts(*given: str) -> dict[str, Any]:
 
 
 def _side(given: str) -> dict[str, Any]:
-    from engines import manifest
+    from triton_repo.client import server_facts
+    from triton_repo.facts import of_engine
 
-    if _is_url(given):
-        return {"engine": given}
-    contract = manifest.read(Path(given))
-    gpus = contract.hardware.get("gpus") or [{"name": contract.hardware.get("cpu")}]
-    return {
-        **contract.counts(),
-        "engine": given,
-        "backend": contract.backend,
-        "pp_size": contract.pp_size,
-        "tensorrt_llm": contract.compiler.get("tensorrt_llm"),
-        "built_on": gpus[0]["name"],
-    }
+    return server_facts(given) if _is_url(given) else of_engine(Path(given))
+
+
+def _elsewhere(*given: str) -> tuple[str, ...]:
+    """The report names the machine that measured; servers may run on another."""
+    hosts = {urlsplit(text).hostname or "" for text in given if _is_url(text)}
+    if all(host in ("localhost", "::1") or host.startswith("127.") for host in hosts):
+        return ()
+    return ("The servers run on other machines: processor, GPUs and packages told below are the client's.",)
 
 
 def parse_concurrency(text: str) -> tuple[int, ...]:

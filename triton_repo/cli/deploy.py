@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from triton_repo.cli.deploy_options import deploy_options, flag_of, gpu_options,
 
 if TYPE_CHECKING:
     from triton_repo.deployment import Deployment
+    from triton_repo.repository import Prepared
 
 
 @click.command()
@@ -58,19 +60,45 @@ def deploy(
     if serve and write_only:
         raise click.UsageError("--serve and --write-only contradict each other")
     how, start = split(options)
-    repository, deployment = _repository(source, output, tokenizer, how)
+    prepared, deployment = _source(source, output, tokenizer, how)
     if deployment is None:
         if start:
             raise click.UsageError(f"{flag_of(next(iter(start)))} is for GPU engines")
-        _serve_embedded(repository, serve, write_only, http_port, as_json)
+        if prepared is not None:
+            prepared.write()
+        _serve_embedded(output if prepared and output else source, serve, write_only, http_port, as_json)
         return
-    if http_port == 0:
-        raise click.UsageError("--http-port 0 is for embedded engines; give the port of the GPU server")
+    _check_start(deployment, start, serve, http_port)
+    if prepared is not None:
+        prepared.write()
     _emit_start(deployment, start, http_port, as_json)
     if serve:
         from triton_repo.container import serve as serve_container
 
         serve_container(deployment, http_port, lambda line: click.echo(line, err=True))
+
+
+def _check_start(deployment: Deployment, start: dict[str, Any], serve: bool, http_port: int) -> None:
+    """All that can be wrong with the start, before anything is written."""
+    from triton_repo import container
+    from triton_repo.launch import files
+
+    if http_port == 0:
+        raise click.UsageError("--http-port 0 is for embedded engines; give the port of the GPU server")
+    if "claim" in start and "manifests" not in start:
+        raise click.UsageError("--claim needs --manifests DIR")
+    if "claim" in start and not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", start["claim"]):
+        raise UserError(f"claim: {start['claim']!r} is no name in Kubernetes; use a-z, 0-9, - and .")
+    place = {"http_port": http_port, "gpus_per_node": start.get("gpus_per_node", 8)}
+    files.command_lines(deployment, **place)
+    if "manifests" in start:
+        if start["manifests"].exists():
+            raise UserError(
+                f"{start['manifests']}: exists; remove it or choose another --manifests directory"
+            )
+        files.contents(deployment, **place, claim=start.get("claim", "models"))
+    if serve:
+        container.check(deployment, http_port)
 
 
 def _serve_embedded(repository: Path, serve: bool, write_only: bool, http_port: int, as_json: bool) -> None:
@@ -100,8 +128,6 @@ def _emit_start(deployment: Deployment, start: dict[str, Any], http_port: int, a
     written = []
     if "manifests" in start:
         written = files.write(deployment, start["manifests"], **place, claim=start.get("claim", "models"))
-    elif "claim" in start:
-        raise click.UsageError("--claim needs --manifests DIR")
     lines = files.command_lines(deployment, **place)
     image = images.image_of(deployment)
     result = {
@@ -125,30 +151,42 @@ def _emit_start(deployment: Deployment, start: dict[str, Any], http_port: int, a
     sys.stdout.flush()
 
 
-def _repository(
+def _source(
     source: Path, output: Path | None, tokenizer: Path | None, how: dict[str, Any]
-) -> tuple[Path, Deployment | None]:
-    """The repository to serve, SOURCE itself or one written from the engine SOURCE; its GPU deployment."""
+) -> tuple[Prepared | None, Deployment | None]:
+    """The repository to write for the engine SOURCE, None where SOURCE is one; the deployment of a GPU's."""
     from triton_repo import repository
 
     if any((source / name / "config.pbtxt").is_file() for name in ("ensemble", "tensorrt_llm")):
         if output or tokenizer or how:
             given = "--output and --tokenizer" if output or tokenizer else flag_of(next(iter(how)))
             raise click.UsageError(f"SOURCE is a repository already; leave out {given}")
-        return source, repository.read_deployment(source)
+        return None, repository.read_deployment(source)
+    _refuse_other(source)
+    if output is None:
+        raise click.UsageError("an engine needs -o REPOSITORY")
+    if output.exists():
+        raise UserError(f"{output}: exists; remove it or choose another output directory")
+    prepared = repository.prepare(source, tokenizer, output, deploy_options(how) if how else None)
+    return prepared, prepared.deployment
+
+
+def _refuse_other(source: Path) -> None:
+    """Say what a directory is that is no engine."""
     from builder.storage import read_json
 
-    if not (source / "config.json").is_file() and not (source / "llm.yaml").is_file():
+    config = source / "config.json"
+    if (source / "llm.yaml").is_file():
+        return
+    if not config.is_file():
         raise UserError(
             f"{source}: neither an engine nor a model repository; make an engine with build-engine"
         )
-    if (source / "config.json").is_file() and "model_type" in read_json(source / "config.json"):
+    values = read_json(config)
+    if "model_type" in values:
         raise UserError(
             f"{source}: a Hugging Face directory; make an engine of it: convert and build-engine, or "
             "build-engine --backend tensorrt-llm for the PyTorch backend"
         )
-    if output is None:
-        raise click.UsageError("an engine needs -o REPOSITORY")
-    return output, repository.write_repository(
-        source, tokenizer, output, deploy_options(how) if how else None
-    )
+    if "architecture" in values and "mapping" in values:
+        raise UserError(f"{source}: a TensorRT-LLM checkpoint; make an engine of it with build-engine")

@@ -33,7 +33,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "instances": (click.IntRange(1), "Copies of the engine, each on its own GPUs. Default: 1."),
     "gpu-ids": (str, "GPUs of each instance: 0,1;2,3 for two of TP 2."),
     "draft": (DIRECTORY, "Draft model: an engine directory, or a Hugging Face one for the PyTorch backend."),
-    "bls-instances": (click.IntRange(1), "Requests at once through tensorrt_llm_bls. Default: 32 at most."),
+    "bls-instances": (
+        click.IntRange(1),
+        "Requests at once through tensorrt_llm_bls. Default: 32 at most; without a draft 4.",
+    ),
 }
 _START: dict[str, tuple[Any, str]] = {
     "manifests": (DIRECTORY, "Directory to write that starts it: scripts, compose, Kubernetes, monitoring."),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engines.manifest import Manifest
+from triton_repo.facts import FACTS, facts_text
 from triton_repo.flavours import text
 from triton_repo.pbtxt import Model, Tensor
 from triton_repo.tensors import PREPROCESSED, SAMPLING
 
 
-def tensorrt_llm(engine: Path, tokenizer: Path) -> Model:
+def tensorrt_llm(engine: Path, tokenizer: Path, manifest: Manifest | None = None) -> Model:
     """Tokens to tokens, one response a step when streaming."""
     return Model(
         name="tensorrt_llm",
@@ -32,12 +34,13 @@ def tensorrt_llm(engine: Path, tokenizer: Path) -> Model:
             "gpt_model_path": str(engine),
             "tokenizer_dir": str(tokenizer),
             "exclude_input_in_output": "true",
+            **({FACTS: facts_text(manifest)} if manifest else {}),
         },
         code=("embedded.py", "cancellation.py"),
     )
 
 
-def models(engine: Path, tokenizer: Path) -> tuple[Model, ...]:
+def models(engine: Path, tokenizer: Path, manifest: Manifest) -> tuple[Model, ...]:
     """The four models of a repository for an embedded engine."""
-    tokens = tensorrt_llm(engine, tokenizer)
+    tokens = tensorrt_llm(engine, tokenizer, manifest)
     return text.preprocessing(tokenizer), tokens, text.postprocessing(tokenizer), text.ensemble(tokens)

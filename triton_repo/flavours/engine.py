@@ -11,6 +11,7 @@ from pathlib import Path
 
 from builder.errors import UserError
 from engines.manifest import Manifest
+from triton_repo.facts import FACTS, facts_text
 from triton_repo.flavours import text
 from triton_repo.options import DeployOptions, gpu_ids_text
 from triton_repo.pbtxt import Batching, Model, Tensor
@@ -106,6 +107,7 @@ def _parameters(engine: Path, manifest: Manifest, tokenizer: Path, options: Depl
         "guided_decoding_backend": "",
         "xgrammar_tokenizer_info_path": "",
     }
+    values[FACTS] = facts_text(manifest)
     if options.gpu_ids:
         values["gpu_device_ids"] = gpu_ids_text(options.gpu_ids)
     return values
@@ -165,7 +167,7 @@ def models(
         text.ensemble(tokens),
         text.tensorrt_llm_bls(
             tokens,
-            instances=options.bls_instances or min(size, BLS_INSTANCES),
+            instances=options.bls_instances or min(size, BLS_INSTANCES if draft else 4),
             num_draft_tokens=_draft_tokens(manifest, draft),
         ),
     ]

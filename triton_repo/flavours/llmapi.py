@@ -15,6 +15,7 @@ import yaml
 from builder.errors import UserError
 from engines.manifest import Manifest
 from engines.trtllm.serving import CONFIG
+from triton_repo.facts import FACTS, facts_text
 from triton_repo.options import DeployOptions, gpu_ids_text
 from triton_repo.pbtxt import Model, Tensor
 from triton_repo.tensors import TTFT_BUCKETS_MS, optional_tensors
@@ -38,7 +39,7 @@ TRITON = "triton_config"
 DRAFT_LEN = 5  # tokens drafted at a time
 
 
-def tensorrt_llm(options: DeployOptions) -> Model:
+def tensorrt_llm(manifest: Manifest, options: DeployOptions) -> Model:
     """The one model. Text is a list of one prompt: there is no batch dimension."""
     sampling = {f"sampling_param_{name}": (kind, (1,)) for name, kind in SAMPLING.items()}
     return Model(
@@ -56,7 +57,10 @@ def tensorrt_llm(options: DeployOptions) -> Model:
             *(Tensor(name=name, data_type=kind, dims=(-1,)) for name, kind in OUTPUTS.items()),
             Tensor(name="cumulative_logprob", data_type="FP32", dims=(-1,)),
         ),
-        parameters={"gpu_device_ids": gpu_ids_text(options.gpu_ids)} if options.gpu_ids else {},
+        parameters={
+            **({"gpu_device_ids": gpu_ids_text(options.gpu_ids)} if options.gpu_ids else {}),
+            FACTS: facts_text(manifest),
+        },
         code=("llmapi.py",),
         ttft_buckets_ms=TTFT_BUCKETS_MS,
     )
@@ -114,6 +118,8 @@ def _arguments(engine: Path) -> dict[str, Any]:
 
 
 def _set_limits(arguments: dict[str, Any], manifest: Manifest, options: DeployOptions) -> None:
+    if options.bls_instances is not None:
+        raise UserError("bls_instances: the LLM API's repository has no tensorrt_llm_bls; leave it out")
     if options.max_queue_delay_us or options.max_queue_size:
         name = "max_queue_delay_us" if options.max_queue_delay_us else "max_queue_size"
         raise UserError(f"{name}: the LLM API has its own queue, Triton's holds nothing; leave it out")

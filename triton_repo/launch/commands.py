@@ -24,7 +24,9 @@ from triton_repo.launch.placement import (
 )
 
 TRITONSERVER = "/opt/tritonserver/bin/tritonserver"
-MPIRUN = ("mpirun", "--allow-run-as-root")  # the images' user is root
+# The images' user is root. Unbound: mpirun would give each rank, with all its threads, one core, and the
+# ranks of two servers the same ones.
+MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none")
 # Seconds that requests under way have to end. The LLM API ends its worker processes after them.
 EXIT_TIMEOUT_S: dict[Flavour, int] = {"engine": 30, "llmapi": 120}
 

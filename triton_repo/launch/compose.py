@@ -7,12 +7,11 @@ from typing import Any
 from triton_repo.deployment import Deployment
 from triton_repo.launch.commands import environment, server_command, stop_timeout_s
 from triton_repo.launch.images import image_of
-from triton_repo.launch.placement import SHM_GIB, mounts, num_gpus, numbered_from_zero, ports
+from triton_repo.launch.placement import SHM_GIB, START_S, mounts, num_gpus, numbered_from_zero, ports
 from triton_repo.launch.probe import probe_command
 
 PROMETHEUS = "prom/prometheus:v3.2.1"
 GRAFANA = "grafana/grafana:11.6.0"
-START_S = 1800  # weights are read and, by the LLM API, kernels tuned before the first port opens
 COMMENT = """\
 Triton with the GPUs of this host: docker compose up -d
 With Prometheus and Grafana on http://127.0.0.1:3000: docker compose --profile monitoring up -d"""
@@ -70,7 +69,7 @@ def _prometheus() -> dict[str, Any]:
 
 
 def _grafana() -> dict[str, Any]:
-    """Read by anyone on this host, changed by nobody."""
+    """On this host's loopback: anyone there may read it, its administrator change it."""
     provisioning = "/etc/grafana/provisioning"
     return {
         "image": GRAFANA,

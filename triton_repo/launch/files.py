@@ -15,7 +15,7 @@ from triton_repo.launch.commands import (
     server_command,
 )
 from triton_repo.launch.images import image_of
-from triton_repo.launch.placement import GPUS_PER_NODE, num_nodes, ports
+from triton_repo.launch.placement import GPUS_PER_NODE, num_nodes, numbered_from_zero, ports
 from triton_repo.launch.rendering import one_line, shell_script, yaml_file
 
 PROMETHEUS = (
@@ -46,6 +46,8 @@ def write(
 ) -> list[Path]:
     """Write the files for one node, or for several where an instance needs them; all or nothing.
 
+    kubernetes.yaml is left out where `gpu_ids` are not the first ones.
+
     Raises UserError where the deployment does not fit the nodes, no image has its release, or a claim
     cannot hold its directories.
     """
@@ -73,9 +75,6 @@ def contents(deployment: Deployment, *, http_port: int, gpus_per_node: int, clai
 
 def _one_node(deployment: Deployment, http_port: int, gpus_per_node: int, claim: str) -> dict[str, str]:
     name = image_of(deployment).name
-    manifests = kubernetes.manifests(
-        deployment, http_port=http_port, gpus_per_node=gpus_per_node, claim=claim
-    )
     return {
         "start.sh": shell_script(
             f"Starts Triton on this host. Run it inside\n{name}.\n"
@@ -90,7 +89,7 @@ def _one_node(deployment: Deployment, http_port: int, gpus_per_node: int, claim:
             {},
         ),
         "compose.yaml": yaml_file(compose.COMMENT, compose.compose(deployment, http_port)),
-        "kubernetes.yaml": yaml_file(kubernetes.comment(deployment, claim), *manifests),
+        **_kubernetes(deployment, http_port, gpus_per_node, claim),
         "grafana-datasource.yaml": yaml_file(
             "Grafana's data source, for compose.yaml", monitoring.grafana_datasource()
         ),
@@ -98,6 +97,16 @@ def _one_node(deployment: Deployment, http_port: int, gpus_per_node: int, claim:
             "Where Grafana finds the dashboard, for compose.yaml", monitoring.grafana_dashboards()
         ),
     }
+
+
+def _kubernetes(deployment: Deployment, http_port: int, gpus_per_node: int, claim: str) -> dict[str, str]:
+    """Nothing for GPUs chosen by number: a pod numbers those it was given from 0."""
+    if not numbered_from_zero(deployment):
+        return {}
+    manifests = kubernetes.manifests(
+        deployment, http_port=http_port, gpus_per_node=gpus_per_node, claim=claim
+    )
+    return {"kubernetes.yaml": yaml_file(kubernetes.comment(deployment, claim), *manifests)}
 
 
 def _several_nodes(deployment: Deployment, http_port: int, gpus_per_node: int, claim: str) -> dict[str, str]:

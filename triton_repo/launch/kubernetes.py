@@ -11,6 +11,7 @@ from triton_repo.launch.commands import environment, server_command, stop_timeou
 from triton_repo.launch.images import image_of
 from triton_repo.launch.placement import (
     SHM_GIB,
+    START_S,
     common_parent,
     num_gpus,
     num_nodes,
@@ -19,7 +20,6 @@ from triton_repo.launch.placement import (
 )
 from triton_repo.launch.probe import probe_command
 
-START_S = 1800
 DRAIN_S = 30  # mpirun ends its ranks at once when it is told to stop, so requests under way end before that
 
 
@@ -33,7 +33,9 @@ def comment(deployment: Deployment, claim: str) -> str:
     """The head of a manifest."""
     parent = common_parent(deployment)
     chosen = image_of(deployment)
-    default = "\nThe image is the newest one; no TensorRT-LLM release was named." if chosen.by_default else ""
+    default = (
+        "\nThe image is the newest one: none has the release that was checked." if chosen.by_default else ""
+    )
     return (
         f"Triton for {object_name(deployment)}: kubectl apply -f THIS_FILE\n"
         f"The claim {claim} must exist and hold at its root what {parent} holds here; it is mounted there, "

@@ -10,7 +10,25 @@ from builder.errors import UserError
 from triton_repo.deployment import Deployment
 
 GPUS_PER_NODE = 8
+START_S = 3600  # hundreds of GB may come from a network disk before the first port opens
 SHM_GIB = 8  # a limit, not a reservation: NCCL and the Python backend's tensors
+
+
+# What a mount must not cover; below the second no directory is a user's.
+IMAGES_OWN = ("/", "/app", "/opt", "/root", "/run", "/tmp", "/var", "/workspace")
+WHOLLY_IMAGES_OWN = (
+    "/bin",
+    "/boot",
+    "/dev",
+    "/etc",
+    "/lib",
+    "/lib64",
+    "/opt/tritonserver",
+    "/proc",
+    "/sbin",
+    "/sys",
+    "/usr",
+)
 
 
 class Ports(NamedTuple):
@@ -87,12 +105,12 @@ def mounts(deployment: Deployment) -> tuple[Path, ...]:
 
 
 def common_parent(deployment: Deployment) -> Path:
-    """The directory in which one volume holds all of them. Raises UserError where only `/` does."""
+    """The directory in which one volume holds all of them. Raises UserError where only the image's own do."""
     parent = Path(os.path.commonpath(mounts(deployment)))
-    if parent == Path("/"):
+    if str(parent) in IMAGES_OWN or any(parent.is_relative_to(place) for place in WHOLLY_IMAGES_OWN):
         others = ", ".join(map(str, mounts(deployment)[1:]))
         raise UserError(
-            f"{deployment.repository}: has no directory but / in common with {others}, and a claim is "
-            "mounted in one place; move them under one directory"
+            f"{deployment.repository}: has no directory but {parent} in common with {others}; a claim "
+            "mounted there would hide the image's own files; move them under one directory, e.g. /models"
         )
     return parent

@@ -148,6 +148,8 @@ class TritonPythonModel:
                 continue
             names = set(request.requested_output_names())
             running = Running(outputs, sender, bool(value(request, "streaming")), names)
+            if request.request_id():
+                self.by_id[request.request_id()] = running
             self.threads.submit(self.run, running, request.request_id())
 
     def start(self, request):
@@ -161,8 +163,6 @@ class TritonPythonModel:
             running.stop()
 
     def run(self, running: Running, request_id: str) -> None:
-        if request_id:
-            self.by_id[request_id] = running
         key = self.watcher.watch(running.sender, running.stop)
         error = None
         try:

@@ -92,13 +92,13 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             if scalar(request, "stop"):
-                self.stop(request.request_id())
+                asyncio.run_coroutine_threadsafe(self.stop(request.request_id()), self.loop)
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 continue
             try:
                 asked = self.asked(request)
-            except ValueError as error:
-                self.fail(sender, pb_utils.TritonError(str(error)))
+            except Exception as error:  # noqa: BLE001  (SamplingParams may raise anything)
+                self.fail(sender, pb_utils.TritonError(str(error) or type(error).__name__))
                 continue
             asyncio.run_coroutine_threadsafe(self.run(asked, sender, request.request_id()), self.loop)
 
@@ -159,11 +159,14 @@ class TritonPythonModel:
             await asyncio.sleep(self.period_s)
         result.abort()
 
-    def stop(self, request_id: str) -> None:
-        """Abort the request of that id: the interface's way for clients that cannot cancel."""
+    async def stop(self, request_id: str) -> None:
+        """Abort the request of that id: the interface's way for clients that cannot cancel.
+
+        It runs in the loop, after the start of every request that came before it.
+        """
         result = self.by_id.get(request_id)
         if result is not None:
-            self.loop.call_soon_threadsafe(result.abort)
+            result.abort()
 
     def response(self, output, answers: list[str]):
         made = [pb_utils.Tensor("text_output", np.array([o.text.encode() for o in output.outputs], object))]

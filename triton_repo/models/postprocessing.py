@@ -1,7 +1,8 @@
 """Triton's Python backend: tokens to text, so that streamed pieces join to the whole text.
 
 What came before a piece is said by the caller (PREFIX_IDS, FINAL: the embedded engine and the BLS model do),
-or remembered by the request's id, which an ensemble hands on. Without either each piece is decoded alone.
+or remembered by a request id that says it is a stream's, which an ensemble hands on. Without either each
+piece is decoded alone.
 """
 
 import json
@@ -36,8 +37,12 @@ def new_text(decode, prefix: list[int], tokens: list[int], final: bool) -> str:
 
 
 class Memory:
-    """The last tokens of each stream and how many characters of theirs wait for more bytes."""
+    """The last tokens of each stream and how many characters of theirs wait for more bytes.
 
+    A stream is a request whose id begins with `STREAM`; who sends such an id uses it once.
+    """
+
+    STREAM = "stream-"
     STREAMS = 4096  # the least recently used is forgotten
     TOKENS = 16  # needed to decode the next ones as in the whole text
 
@@ -49,10 +54,8 @@ class Memory:
         """What `tokens` add to the stream's text; TensorRT-LLM's last answer of a stream may have none."""
         before, held = self.streams.pop(request_id, ([], 0))
         whole = self.decode(before + tokens)
-        final = not tokens
-        # An answer of many tokens that is the first is no stream's: nothing will follow it.
-        visible = whole if final or (not before and len(tokens) > 1) else stable(whole)
-        if not final:
+        visible = stable(whole) if tokens else whole
+        if tokens:
             self.streams[request_id] = ((before + tokens)[-self.TOKENS :], len(whole) - len(visible))
             if len(self.streams) > self.STREAMS:
                 self.streams.popitem(last=False)
@@ -81,9 +84,9 @@ class TritonPythonModel:
         )
         prefix = pb_utils.get_input_tensor_by_name(request, "PREFIX_IDS")
         final = pb_utils.get_input_tensor_by_name(request, "FINAL")
-        if prefix is None and request.request_id() and batch.shape[1] == 1:
-            piece = self.memory.piece(request.request_id(), batch[0, 0, : lengths[0, 0]].tolist())
-            return self.answer([piece])
+        request_id = request.request_id()
+        if prefix is None and request_id.startswith(Memory.STREAM) and batch.shape[1] == 1:
+            return self.answer([self.memory.piece(request_id, batch[0, 0, : lengths[0, 0]].tolist())])
         prefix_ids = [] if prefix is None else [i for i in prefix.as_numpy().flatten().tolist() if i >= 0]
         is_final = True if final is None else bool(final.as_numpy().flat[0])
         texts = [

@@ -23,10 +23,11 @@ def _has_end(file: Path) -> bool:
 
 
 def word_list(words: list[list[int]]) -> np.ndarray:
-    """TensorRT-LLM's [1, 2, N]: tokens one after another, and where each word ends, then -1."""
+    """TensorRT-LLM's [1, 2, N], N > 0: tokens one after another, then 0; where each word ends, then -1."""
     tokens = [token for word in words for token in word]
-    out = np.full((1, 2, len(tokens)), -1, np.int32)
-    out[0, 0] = tokens
+    out = np.zeros((1, 2, max(1, len(tokens))), np.int32)
+    out[0, 0, : len(tokens)] = tokens
+    out[0, 1] = -1
     out[0, 1, : len(words)] = np.cumsum([len(word) for word in words])
     return out
 

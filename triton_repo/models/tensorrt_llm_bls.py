@@ -189,8 +189,11 @@ class Request:
 
         The target never answers the end token: an answer that equals the draft, or is empty, ends the text.
         """
-        if flag(inputs, "return_context_logits") or flag(inputs, "return_generation_logits"):
-            raise Refused("return_context_logits, return_generation_logits: not with a draft model")
+        for name in inputs:
+            if name.startswith("return_") and flag(inputs, name):
+                raise Refused(f"{name}: not with a draft model; send num_draft_tokens 0")
+        if "exclude_input_in_output" in inputs and not flag(inputs, "exclude_input_in_output"):
+            raise Refused("exclude_input_in_output: true with a draft model; send num_draft_tokens 0")
         if "beam_width" in inputs and inputs["beam_width"].flat[0] > 1:
             raise Refused("beam_width: a draft model needs 1")
         ids = inputs["input_ids"][0].tolist()

@@ -1,0 +1,34 @@
+"""What a report says of an engine: from its directory, or from the server that serves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engines import manifest as manifests
+from engines.manifest import Manifest
+
+FACTS = "ffn_fusion_facts"  # a parameter of tensorrt_llm that its backends do not read
+
+
+def facts(manifest: Manifest) -> dict[str, Any]:
+    """Counts, backend, ranks, the release and the GPU that built it."""
+    gpus = manifest.hardware.get("gpus") or [{"name": manifest.hardware.get("cpu")}]
+    return {
+        **manifest.counts(),
+        "backend": manifest.backend,
+        "pp_size": manifest.pp_size,
+        "tensorrt_llm": manifest.compiler.get("tensorrt_llm"),
+        "built_on": gpus[0]["name"],
+    }
+
+
+def facts_text(manifest: Manifest) -> str:
+    """`facts` as a parameter of a config.pbtxt."""
+    return json.dumps(facts(manifest))
+
+
+def of_engine(directory: Path) -> dict[str, Any]:
+    """The facts of an engine directory."""
+    return {"engine": str(directory), **facts(manifests.read(directory))}
