@@ -316,3 +316,19 @@ def test_every_client_is_at_work(endpoint: Endpoint, monkeypatch: pytest.MonkeyP
     assert state["peak"] == 16
     assert state["all"] == (4 + 4) * 32
     assert result.settings["requests"] == [32]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:x", "https://h", "http://"])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(UserError, match="is no http:// address"):
+        Endpoint(url)
+
+
+def test_unlike_backends_and_other_machines_are_told() -> None:
+    from triton_repo.cli.compare_latency import _elsewhere
+
+    assert compare._backends({"backend": "embedded"}, {"backend": "embedded"}) == ()
+    assert compare._backends({"backend": "embedded"}, None) == ()
+    assert "different backends, a and b" in compare._backends({"backend": "a"}, {"backend": "b"})[0]
+    assert _elsewhere("http://127.0.0.1:8000", "http://localhost:8010", "engine") == ()
+    assert "other machines" in _elsewhere("http://127.0.0.1:8000", "http://node7:8000")[0]

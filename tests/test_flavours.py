@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -442,3 +444,60 @@ def test_release_without_an_image(target: Path, tiny_hf: Path, tmp_path: Path) -
     assert result.exit_code == 1
     assert "no tritonserver image has 1.3.0rc20" in result.stderr
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--manifests", "{taken}"), 1, "exists; remove it or choose another --manifests directory"),
+        (("--manifests", "{new}", "--claim", "Bad Claim; x"), 1, "claim: 'Bad Claim; x' is no name"),
+        (("--http-port", "65535"), 1, "http_port: 65535 is not between"),
+        (("--gpus-per-node", "1", "--instances", "2", "--gpu-ids", "0,1;2,3"), 1, "instances: 2 of 2 nodes"),
+        (("--serve",), 1, "missing; run this inside"),
+        (("--draft", "{hf}"), 1, "draft: .* is no engine of TensorRT-LLM"),
+    ],
+)
+def test_deploy_that_fails_writes_nothing(
+    arguments: tuple[str, ...], code: int, message: str, target: Path, tiny_hf: Path, tmp_path: Path
+) -> None:
+    places = {"taken": tmp_path, "new": tmp_path / "start", "hf": tiny_hf}
+    given = [argument.format(**places) for argument in arguments]
+    result = deploy(target, "--tokenizer", tiny_hf, "-o", tmp_path / "r", *given)
+    assert result.exit_code == code, result.output
+    assert re.search(message, result.stderr)
+    assert not (tmp_path / "r").exists()
+    assert not (tmp_path / "start").exists()
+
+
+def test_deploy_of_a_checkpoint(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    result = deploy(tiny_checkpoint, "-o", tmp_path / "r")
+    assert result.exit_code == 1
+    assert "a TensorRT-LLM checkpoint; make an engine of it with build-engine" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tp_size", "2", "tp_size is no positive number"),
+        ("instances", 0, "instances is no positive number"),
+        ("flavour", "foo", "flavour 'foo' is not known"),
+        ("more", 1, "more"),
+    ],
+)
+def test_record_changed_by_hand(
+    key: str, value: object, message: str, target: Path, tiny_hf: Path, tmp_path: Path
+) -> None:
+    place = write(target, tiny_hf, tmp_path / "r")
+    record = json.loads((place / "ffn-fusion.json").read_text())
+    (place / "ffn-fusion.json").write_text(json.dumps({**record, key: value}))
+    result = deploy(place)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_repository_without_its_text_models(target: Path, tiny_hf: Path, tmp_path: Path) -> None:
+    place = write(target, tiny_hf, tmp_path / "r")
+    shutil.rmtree(place / "postprocessing")
+    with pytest.raises(UserError, match=r"has no postprocessing/config\.pbtxt"):
+        rules.check(place)

@@ -217,3 +217,37 @@ def test_end_ids(text_models, tmp_path: Path) -> None:
     assert pre.end_ids(tmp_path) == tokenizers.end_ids(tmp_path) == [7]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     assert pre.end_ids(tmp_path) == tokenizers.end_ids(tmp_path) == [3, 4]
+
+
+def test_memory_of_streams(text_models, tiny_hf: Path) -> None:
+    """Pieces of interleaved streams join to their texts; what has ended leaves nothing to the next one."""
+    _, post = text_models
+    tokenizer = tokenizers.load(tiny_hf)
+    memory = post.Memory(tokenizer.decode)
+    texts = {"stream-a": "naïve café 日本語 🙂 fox", "stream-b": "🙂🙂 def main(argv)"}
+    ids = {name: tokenizer.encode(text).ids for name, text in texts.items()}
+    joined = dict.fromkeys(texts, "")
+    for step in range(max(map(len, ids.values()))):
+        for name in texts:
+            if step < len(ids[name]):
+                joined[name] += memory.piece(name, ids[name][step : step + 1])
+    assert joined == texts
+    assert memory.piece("stream-a", []) == ""  # the end, without a token
+    assert set(memory.streams) == {"stream-b"}
+    broken = [tokenizer.token_to_id("ð")]  # the first byte of a character
+    assert memory.piece("stream-c", broken) == ""
+    assert memory.piece("stream-c", []) == tokenizer.decode(broken)
+    memory.STREAMS = 3
+    for number in range(5):
+        memory.piece(f"stream-{number}", ids["stream-a"][:1])
+    assert len(memory.streams) == 3
+
+
+def test_files_that_are_links_are_mounted_too(engine: Path, tiny_hf: Path, tmp_path: Path) -> None:
+    """A Hugging Face cache: a snapshot's files are links to blobs beside it."""
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "abc").write_bytes((tiny_hf / "tokenizer.json").read_bytes())
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
+    assert repository._with_linked(engine, snapshot) == (engine, snapshot, blobs)

@@ -204,3 +204,16 @@ def test_compare_latency_command(server: Server, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["settings"]["prompts"] == 2
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_server_tells_what_it_serves(server: Server, tiny_engine: Path) -> None:
+    """By the repository, so that a report through a URL knows ranks and counts."""
+    from triton_repo.client import server_facts
+    from triton_repo.facts import of_engine
+
+    told = server_facts(server.url + "/")
+    assert told.pop("engine") == server.url
+    known = of_engine(tiny_engine)
+    assert known.pop("engine") == str(tiny_engine)
+    assert told == json.loads(json.dumps(known))
+    assert told["tp_size"] == 1
