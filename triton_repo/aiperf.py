@@ -19,7 +19,7 @@ from builder.errors import UserError
 from engines import logged
 from engines.embedded.process import child_environment
 from triton_repo.client import Endpoint
-from triton_repo.compare import Comparison, assemble, enough, interleave
+from triton_repo.compare import Comparison, assemble, enough, interleave, settings
 from triton_repo.rounds import SIDES, AnyRound, RecordedRound
 
 RECORDS = "profile_export.jsonl"
@@ -217,14 +217,7 @@ def compare(
         f"sends {len(prompts)} prompts, repeated until every client has two, {max_tokens} tokens each, "
         "closed loop, after a warm-up.",
         notes=(RESPONSES, *notes),
-        settings={
-            "prompts": len(prompts),
-            "requests": [len(enough(prompts, level)) for level in concurrency],
-            "max_tokens": max_tokens,
-            "concurrency": list(concurrency),
-            "rounds": rounds,
-            "seed": seed,
-        },
+        settings=settings(prompts, max_tokens, concurrency, rounds, seed),
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
     )

@@ -98,14 +98,7 @@ def compare(
         how=f"{rounds} interleaved rounds a side and level (ABBA) of {len(prompts)} prompts, repeated "
         f"until every client has two, {max_tokens} tokens each, greedy, closed loop, after two warm-up "
         "rounds.",
-        settings={
-            "prompts": len(prompts),
-            "requests": [len(enough(prompts, level)) for level in concurrency],
-            "max_tokens": max_tokens,
-            "concurrency": list(concurrency),
-            "rounds": rounds,
-            "seed": seed,
-        },
+        settings=settings(prompts, max_tokens, concurrency, rounds, seed),
         notes=notes,
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
@@ -178,6 +171,20 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def settings(
+    prompts: Sequence[str], max_tokens: int, concurrency: Sequence[int], rounds: int, seed: int
+) -> dict[str, Any]:
+    """What was asked of both sides, for the report."""
+    return {
+        "prompts": len(prompts),
+        "requests": [len(enough(prompts, level)) for level in concurrency],
+        "max_tokens": max_tokens,
+        "concurrency": list(concurrency),
+        "rounds": rounds,
+        "seed": seed,
+    }
 
 
 def enough(prompts: Sequence[str], level: int) -> list[str]:

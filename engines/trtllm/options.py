@@ -139,24 +139,10 @@ def _switch(on: bool) -> str:
     return "enable" if on else "disable"
 
 
-def resolve(
-    options: BuildOptions,
-    *,
-    max_position_embeddings: int,
-    world_size: int,
-    fp8: bool,
-    fp8_kv_cache: bool,
-    fused_mlp_fits: bool,
-) -> Build:
-    """Make every choice and check each against the others. Raises UserError naming the option."""
-    o = options
-    limit = max_position_embeddings
-    max_seq_len = o.max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
-    if max_seq_len > limit:
-        raise UserError(f"max_seq_len: {max_seq_len} is above the model's max_position_embeddings {limit}")
-    max_input_len = o.max_input_len or max(1, max_seq_len // 2)
-    if max_input_len >= max_seq_len:
-        raise UserError(f"max_input_len: {max_input_len} leaves no token of max_seq_len {max_seq_len}")
+def _check(
+    o: BuildOptions, max_input_len: int, *, fp8: bool, fp8_kv_cache: bool, fused_mlp_fits: bool
+) -> None:
+    """Each option against the others and the checkpoint. Raises UserError naming the option."""
     if o.max_num_tokens < o.max_batch_size * o.max_beam_width:
         raise UserError(
             f"max_num_tokens: {o.max_num_tokens} is less than one token for each of "
@@ -187,6 +173,27 @@ def resolve(
             "use_fused_mlp: the joined gate and up weight of a layer has 2^31 elements or more a rank; "
             "leave the option out, convert with a larger --tp, or fuse smaller groups"
         )
+
+
+def resolve(
+    options: BuildOptions,
+    *,
+    max_position_embeddings: int,
+    world_size: int,
+    fp8: bool,
+    fp8_kv_cache: bool,
+    fused_mlp_fits: bool,
+) -> Build:
+    """Make every choice and check each against the others. Raises UserError naming the option."""
+    o = options
+    limit = max_position_embeddings
+    max_seq_len = o.max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
+    if max_seq_len > limit:
+        raise UserError(f"max_seq_len: {max_seq_len} is above the model's max_position_embeddings {limit}")
+    max_input_len = o.max_input_len or max(1, max_seq_len // 2)
+    if max_input_len >= max_seq_len:
+        raise UserError(f"max_input_len: {max_input_len} leaves no token of max_seq_len {max_seq_len}")
+    _check(o, max_input_len, fp8=fp8, fp8_kv_cache=fp8_kv_cache, fused_mlp_fits=fused_mlp_fits)
     gemm_plugin = o.gemm_plugin or ("disable" if fp8 or o.weight_streaming else "auto")
     if o.weight_streaming and gemm_plugin != "disable":
         raise UserError(
