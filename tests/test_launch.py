@@ -250,14 +250,9 @@ def test_engine_under_slurm(rank: int, tmp_path: Path) -> None:
         ({"tp_size": 16, "instances": 2}, {}, "instances: 2 of 2 nodes each"),
         ({"tp_size": 16, "draft": True}, {}, "draft: works on one node, 16 ranks need 2"),
         ({"tp_size": 16, "gpu_ids": (tuple(range(16)),)}, {}, "gpu_ids: every one of 2 nodes numbers"),
-        (
-            {"directories": (Path("/opt/engine"),), "repository": Path("/opt/repository")},
-            {},
-            "/opt/repository: has no directory but /opt in common",
-        ),
         ({"tensorrt_llm": "1.3.0rc20"}, {}, "tensorrt_llm: no tritonserver image has 1.3.0rc20"),
         (
-            {"directories": (Path("/other/engine"),)},
+            {"tp_size": 16, "directories": (Path("/other/engine"),)},
             {},
             "/models/repository: has no directory but / in common",
         ),
@@ -846,8 +841,25 @@ def test_inter_token_latency_of_known_rates() -> None:
     assert eval(number, {"__builtins__": {}}) == 5
 
 
-def test_chosen_gpus_have_no_pod(tmp_path: Path) -> None:
-    """A pod numbers its GPUs from 0; docker and scripts see them all."""
-    names = {file.name for file in files.write(deployment(gpu_ids=((4, 5),)), tmp_path / "start")}
-    assert "kubernetes.yaml" not in names
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"gpu_ids": ((4, 5),)}, "gpu_ids: 4,5 are not in a pod, which numbers its GPUs 0 to 1"),
+        ({"directories": (Path("/other/engine"),)}, "has no directory but / in common"),
+        (
+            {"repository": Path("/opt/repository"), "directories": (Path("/opt/engine"),)},
+            "has no directory but /opt in common",
+        ),
+        (
+            {"repository": Path("/usr/share/r"), "directories": (Path("/usr/share/e"),)},
+            "has no directory but /usr/share in common",
+        ),
+    ],
+)
+def test_what_no_pod_can_have_is_left_out(changes: dict[str, Any], why: str, tmp_path: Path) -> None:
+    """Docker and scripts mount each directory in its place and see all GPUs."""
+    names = {file.name for file in files.write(deployment(**changes), tmp_path / "start")}
     assert {"start.sh", "docker-run.sh", "compose.yaml"} <= names
+    assert "kubernetes.yaml" not in names
+    assert why in files.left_out(deployment(**changes))["kubernetes.yaml"]
+    assert files.left_out(deployment()) == {}

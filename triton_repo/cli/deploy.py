@@ -128,6 +128,7 @@ def _emit_start(deployment: Deployment, start: dict[str, Any], http_port: int, a
     written = []
     if "manifests" in start:
         written = files.write(deployment, start["manifests"], **place, claim=start.get("claim", "models"))
+    left_out = files.left_out(deployment) if written else {}
     lines = files.command_lines(deployment, **place)
     image = images.image_of(deployment)
     result = {
@@ -138,6 +139,7 @@ def _emit_start(deployment: Deployment, start: dict[str, Any], http_port: int, a
         "image": image.name,
         "start": lines,
         "files": [str(file) for file in written],
+        "left_out": left_out,
     }
     text = [f"{deployment.repository}: {deployment.flavour} flavour, written, not tried"]
     if image.by_default:
@@ -147,6 +149,7 @@ def _emit_start(deployment: Deployment, start: dict[str, Any], http_port: int, a
         )
     text += [line for where, command in lines.items() for line in ("", f"{where}:", command)]
     text += ["", *map(str, written)] if written else []
+    text += [f"{name} is left out: {why}" for name, why in left_out.items()]
     emit(result, as_json, "\n".join(text))
     sys.stdout.flush()
 

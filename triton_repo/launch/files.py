@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from builder.errors import UserError
 from builder.storage import json_bytes, output_directory
 from triton_repo.deployment import Deployment
 from triton_repo.launch import compose, kubernetes, leaderworkerset, monitoring
@@ -15,7 +16,7 @@ from triton_repo.launch.commands import (
     server_command,
 )
 from triton_repo.launch.images import image_of
-from triton_repo.launch.placement import GPUS_PER_NODE, num_nodes, numbered_from_zero, ports
+from triton_repo.launch.placement import GPUS_PER_NODE, num_nodes, ports
 from triton_repo.launch.rendering import one_line, shell_script, yaml_file
 
 PROMETHEUS = (
@@ -46,7 +47,7 @@ def write(
 ) -> list[Path]:
     """Write the files for one node, or for several where an instance needs them; all or nothing.
 
-    kubernetes.yaml is left out where `gpu_ids` are not the first ones.
+    `left_out` says what is not among them.
 
     Raises UserError where the deployment does not fit the nodes, no image has its release, or a claim
     cannot hold its directories.
@@ -99,9 +100,17 @@ def _one_node(deployment: Deployment, http_port: int, gpus_per_node: int, claim:
     }
 
 
+def left_out(deployment: Deployment) -> dict[str, str]:
+    """The files of one node that cannot be had for this deployment, and why."""
+    try:
+        kubernetes.check_pod(deployment)
+    except UserError as error:
+        return {"kubernetes.yaml": str(error)}
+    return {}
+
+
 def _kubernetes(deployment: Deployment, http_port: int, gpus_per_node: int, claim: str) -> dict[str, str]:
-    """Nothing for GPUs chosen by number: a pod numbers those it was given from 0."""
-    if not numbered_from_zero(deployment):
+    if left_out(deployment):
         return {}
     manifests = kubernetes.manifests(
         deployment, http_port=http_port, gpus_per_node=gpus_per_node, claim=claim

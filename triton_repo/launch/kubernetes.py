@@ -91,14 +91,20 @@ def pod_spec(deployment: Deployment, container: dict[str, Any], claim: str) -> d
     }
 
 
-def container(deployment: Deployment, gpus: int) -> dict[str, Any]:
-    """The image with its mounts and GPUs. Raises UserError where a pod numbers the GPUs otherwise."""
+def check_pod(deployment: Deployment) -> None:
+    """Raises UserError where a pod numbers the GPUs otherwise, or no claim can hold the directories."""
     if not numbered_from_zero(deployment):
         named = ";".join(",".join(map(str, instance)) for instance in deployment.gpu_ids)
         raise UserError(
-            f"gpu_ids: {named} are not in a pod, which numbers its GPUs 0 to {gpus - 1}; "
+            f"gpu_ids: {named} are not in a pod, which numbers its GPUs 0 to {num_gpus(deployment) - 1}; "
             "write the repository with these"
         )
+    common_parent(deployment)
+
+
+def container(deployment: Deployment, gpus: int) -> dict[str, Any]:
+    """The image with its mounts and GPUs. Raises UserError as `check_pod` does."""
+    check_pod(deployment)
     parent = str(common_parent(deployment))
     return {
         "name": "triton",
