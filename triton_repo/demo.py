@@ -15,7 +15,6 @@ from builder import export, huggingface, trtllm
 from builder.checkpoint import Checkpoint
 from builder.errors import UserError
 from builder.plan import Plan
-from engines import manifest
 
 MARKER = ".ffn-fusion-demo"
 DROPPED = tuple(range(6, 14))  # a contiguous run of 8; its last FFN stays alone
@@ -139,6 +138,7 @@ def _compare(
     from triton_repo import report
     from triton_repo.client import Endpoint, generate
     from triton_repo.compare import compare
+    from triton_repo.facts import of_engine
     from triton_repo.repository import write_repository
     from triton_repo.server import Server
 
@@ -159,8 +159,8 @@ def _compare(
             max_tokens=MAX_TOKENS,
             concurrency=CONCURRENCY,
             rounds=ROUNDS,
-            baseline_facts=manifest.read(engines["baseline"]).counts(),
-            candidate_facts=manifest.read(engines["candidate"]).counts(),
+            baseline_facts=of_engine(engines["baseline"]),
+            candidate_facts=of_engine(engines["candidate"]),
             quality=quality,
             progress=status.update,
         )
