@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +174,34 @@ def test_draft_of_an_engine(target: Path, tiny_hf: Path, tmp_path: Path) -> None
     deployment = repository.read_deployment(place)
     assert deployment is not None
     assert (deployment.text_model, deployment.draft) == ("tensorrt_llm_bls", True)
+
+
+def test_draft_needs_prompts_as_long_as_sequences(target: Path, tiny_hf: Path, tmp_path: Path) -> None:
+    """What was said so far is the prompt of the next pass."""
+    draft = fake_engine(tmp_path / "draft", target)
+    for directory, name in ((draft, "draft"), (target, "engine")):
+        short = replace(manifests.read(directory), max_input_len=8)
+        short.write(directory)
+        with pytest.raises(UserError, match=f"the {name}'s max_input_len is 8.*--max-input-len 15"):
+            write(target, tiny_hf, tmp_path / "r", draft=draft)
+
+
+def test_model_files_have_the_tables_of_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied where this package may not be installed, so they repeat what they need."""
+    stub = types.ModuleType("triton_python_backend_utils")
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stub)
+    from triton_repo import tensors
+    from triton_repo.flavours import llmapi
+    from triton_repo.models import llmapi as llmapi_model
+    from triton_repo.models import tensorrt_llm_bls as bls
+
+    assert set(llmapi_model.SAMPLING) == set(llmapi.SAMPLING)
+    assert {name: inner for name, (inner, _, _) in tensors.PREPROCESSED.items()} == bls.PREPROCESSED
+    words = {name: inner for name, (inner, _, _) in tensors.WORDS.items()}
+    assert words | {"text_input": "QUERY", "max_tokens": "REQUEST_OUTPUT_LEN"} == bls.PREPROCESSING
+    renamed = {name: inner for name, (inner, _) in tensors.SAMPLING.items() if name != inner}
+    assert renamed == bls.RENAMED
+    assert set(bls.DRAFT) == set(tensors.DRAFT)
 
 
 def test_options_become_llm_arguments(pytorch: Path, tiny_hf: Path, tmp_path: Path) -> None:

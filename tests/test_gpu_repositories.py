@@ -47,7 +47,8 @@ def fake_engine(directory: Path, like: Path, **compiler: object) -> Path:
     directory.mkdir(parents=True)
     built = manifests.read(like)
     facts = {"tensorrt_llm": "1.2.1", "paged_context_fmha": True, "max_beam_width": 1, **compiler}
-    replace(built, backend="tensorrt-llm", compiler=facts, dtype="bfloat16").write(directory)
+    limits = {"max_input_len": built.max_seq_len - 1}  # which drafts need
+    replace(built, backend="tensorrt-llm", compiler=facts, dtype="bfloat16", **limits).write(directory)
     mapping = {"world_size": built.world_size, "tp_size": built.tp_size, "pp_size": built.pp_size}
     config = {
         "version": "1.2.1",
@@ -112,7 +113,7 @@ def for_this_triton(repository: Path) -> None:
 
 def passes(repository: Path, model: str) -> int:
     log = repository.parent / f"{model}.log"
-    return len(log.read_text().splitlines()) if log.is_file() else 0
+    return log.read_text().split().count(model) if log.is_file() else 0
 
 
 def test_ensemble_gives_the_engines_text_and_exact_pieces(server: Server, expected: str) -> None:
@@ -163,8 +164,11 @@ def test_bls_refuses_what_drafts_cannot(server: Server) -> None:
             generate(Endpoint(server.url, BLS), PROMPT, max_tokens=4, **fields)
     with pytest.raises(UserError, match="text_input: empty"):
         generate(Endpoint(server.url, BLS), "", max_tokens=4)
-    with pytest.raises(UserError, match="max_tokens: 0 is not positive"):
-        generate(Endpoint(server.url, BLS), PROMPT, max_tokens=0, num_draft_tokens=0)
+    for drafts in ({"num_draft_tokens": 0}, {}):
+        with pytest.raises(UserError, match="max_tokens: 0 is not positive"):
+            generate(Endpoint(server.url, BLS), PROMPT, max_tokens=0, **drafts)
+    with pytest.raises(UserError, match="num_return_sequences: a stream has one"):
+        list(stream(Endpoint(server.url), PROMPT, max_tokens=4, num_return_sequences=2))
 
 
 def test_bls_requests_run_together(server: Server) -> None:
@@ -178,24 +182,43 @@ def test_bls_requests_run_together(server: Server) -> None:
     assert together == alone * 2
 
 
-@pytest.mark.parametrize("model", ["ensemble", BLS])
-def test_cancel_over_grpc_frees_the_engine(server: Server, model: str) -> None:
-    """The engine has 4 places: as many long requests, all cancelled, must not keep a fifth waiting."""
-    whole = time_of(lambda: generate(Endpoint(server.url), "a", max_tokens=150))
-    streams = [GrpcStream(server.grpc_address, "a", max_tokens=150, model=model) for _ in range(4)]
+def stopped(log: Path) -> int:
+    return log.read_text().split().count("stopped") if log.is_file() else 0
+
+
+def wait_for(log: Path, count: int) -> None:
+    """Until the log tells of so many requests that were stopped before their end."""
+    deadline = time.monotonic() + 20
+    while stopped(log) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert stopped(log) == count
+
+
+def test_cancel_over_grpc_stops_the_engine(server: Server, repository: Path) -> None:
+    """The seed slows 150 tokens to 3 s; none of four gets there."""
+    log = repository.parent / "tensorrt_llm.log"
+    before = stopped(log)
+    streams = [GrpcStream(server.grpc_address, "a", max_tokens=150, seed=99) for _ in range(4)]
     for one in streams:
-        next(one)
-        next(one)
-    took = time_of(lambda: [one.cancel() for one in streams])
-    start = time.monotonic()
+        assert next(one) is not None
+        one.cancel()
+    wait_for(log, before + 4)
     assert generate(Endpoint(server.url), PROMPT, max_tokens=1) is not None
-    assert took + time.monotonic() - start < 4 * whole  # all four to their ends would take longer
+    for one in streams:
+        assert list(one) == []
 
 
-def time_of(call) -> float:
-    start = time.monotonic()
-    call()
-    return time.monotonic() - start
+def test_cancel_over_grpc_ends_the_drafts(server: Server, repository: Path) -> None:
+    """150 tokens would take 50 passes, 5 s."""
+    before = passes(repository, "tensorrt_llm")
+    one = GrpcStream(server.grpc_address, "a", max_tokens=150, model=BLS, seed=99)
+    next(one)
+    one.cancel()
+    last = -1
+    while last != passes(repository, "tensorrt_llm"):  # until nothing more is asked
+        last = passes(repository, "tensorrt_llm")
+        time.sleep(1)
+    assert 0 < last - before < 50
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +234,7 @@ def llmapi(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     shutil.copytree(HERE / "standin_llm" / "tensorrt_llm", code / "tensorrt_llm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STANDIN_ENGINE", str(tiny_engine))
+        patch.setenv("STANDIN_LOG", str(place / "llm.log"))
         with Server(place / "repository") as running:
             yield running
 
@@ -259,15 +283,16 @@ def test_llm_api_answers_what_is_asked_for(llmapi: Server) -> None:
 
 
 def test_llm_api_cancels_over_grpc(llmapi: Server) -> None:
-    whole = time_of(lambda: generate(discover(llmapi.url), "a", max_tokens=150))
-    streams = [GrpcStream(llmapi.grpc_address, "a", max_tokens=150, dialect=LLMAPI) for _ in range(4)]
+    log = llmapi.repository.parent / "llm.log"
+    before = stopped(log)
+    streams = [
+        GrpcStream(llmapi.grpc_address, "a", max_tokens=150, dialect=LLMAPI, seed=99) for _ in range(4)
+    ]
     for one in streams:
-        next(one)
-    start = time.monotonic()
-    for one in streams:
+        assert next(one) is not None
         one.cancel()
+    wait_for(log, before + 4)
     assert generate(discover(llmapi.url), PROMPT, max_tokens=1) is not None
-    assert time.monotonic() - start < 3 * whole
 
 
 def test_grpc_streams_join_to_the_text(server: Server, llmapi: Server, expected: str) -> None:

@@ -33,6 +33,8 @@ class Dialect:
 
     def body(self, prompt: str, max_tokens: int, stream: bool, sampling: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON of a generate request. Raises UserError for sampling that the dialect does not know."""
+        if stream and sampling.get("num_return_sequences", 1) > 1:
+            raise UserError("num_return_sequences: a stream has one sequence; ask for the whole text")
         body: dict[str, Any] = {"text_input": prompt, self.max_tokens: max_tokens}
         if stream:
             body[self.stream] = True

@@ -99,6 +99,8 @@ class GrpcStream(Iterator[str]):
                 return
 
     def __next__(self) -> str:
+        if not self._open:
+            raise StopIteration
         try:
             return next(self._pieces)
         except BaseException:

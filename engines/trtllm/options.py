@@ -190,7 +190,9 @@ def resolve(
     max_seq_len = o.max_seq_len or min(limit, DEFAULT_MAX_SEQ_LEN)
     if max_seq_len > limit:
         raise UserError(f"max_seq_len: {max_seq_len} is above the model's max_position_embeddings {limit}")
-    max_input_len = o.max_input_len or max(1, max_seq_len // 2)
+    # A target is asked again and again, with all that was said so far as its prompt.
+    half = max(1, max_seq_len // 2) if o.max_draft_len is None else max_seq_len - 1
+    max_input_len = o.max_input_len or half
     if max_input_len >= max_seq_len:
         raise UserError(f"max_input_len: {max_input_len} leaves no token of max_seq_len {max_seq_len}")
     _check(o, max_input_len, fp8=fp8, fp8_kv_cache=fp8_kv_cache, fused_mlp_fits=fused_mlp_fits)

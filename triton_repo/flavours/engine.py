@@ -184,6 +184,12 @@ def _draft_tokens(target: Manifest, draft: Manifest | None) -> int:
     length = int(target.compiler.get("max_draft_len") or 0)
     if length < 1:
         raise UserError("draft: the engine was built without --max-draft-len; build it with, e.g., 5")
+    for name, engine in (("engine", target), ("draft", draft)):
+        if engine.max_input_len < engine.max_seq_len - 1:
+            raise UserError(
+                f"draft: the {name}'s max_input_len is {engine.max_input_len}, and all said so far is the "
+                f"prompt of the next pass; build it with --max-input-len {engine.max_seq_len - 1}"
+            )
     return length
 
 

@@ -29,8 +29,6 @@ SAMPLING = (
 )
 # What an mpirun around the server left: the LLM API starts ranks of its own.
 MPI_JOB = re.compile(r"OMPI_(COMM_WORLD|UNIVERSE|FIRST|APP|MCA_orte)_?|ORTE_|PMI_|PMIX_(?!MCA_)")
-
-
 KEPT_S = 1.0
 
 
@@ -62,7 +60,9 @@ def choose_gpus(args: dict, config: dict) -> None:
     lists = config["parameters"].get("gpu_device_ids", {}).get("string_value", "")
     if lists:
         number = int(args["model_instance_name"].rpartition("_")[2])
-        os.environ["CUDA_VISIBLE_DEVICES"] = lists.split(";")[number]
+        own = lists.split(";")[number]
+        # The second is handed on to the ranks that the LLM API starts.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["TRTLLM_VISIBLE_DEVICES"] = own
 
 
 class TritonPythonModel:

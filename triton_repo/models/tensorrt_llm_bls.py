@@ -196,8 +196,11 @@ class Request:
             raise Refused("exclude_input_in_output: true with a draft model; send num_draft_tokens 0")
         if "beam_width" in inputs and inputs["beam_width"].flat[0] > 1:
             raise Refused("beam_width: a draft model needs 1")
+        wanted = int(inputs["request_output_len"].flat[0])
+        if wanted < 1:
+            raise Refused(f"max_tokens: {wanted} is not positive; ask for at least 1")
         ids = inputs["input_ids"][0].tolist()
-        end, left = len(ids) + int(inputs["request_output_len"].flat[0]), self.num_draft_tokens
+        end, left = len(ids) + wanted, self.num_draft_tokens
         stops = words(inputs["stop_words_list"])
         while len(ids) < end and not self.cancelled:
             drafted, logits = self.draft(inputs, ids, min(left, end - len(ids) - 1))

@@ -43,6 +43,7 @@ class Result:
 
     def __init__(self, llm, prompt, params, streaming):
         tokenizer, self.streaming = llm.tokenizer, streaming
+        self.slow = params.sampling["seed"] == 99
         stops = tuple(tuple(tokenizer.encode(s, add_special_tokens=False).ids) for s in params.stop)
         ends = llm.end_ids
         self.generation = llm.session.generate(
@@ -58,6 +59,9 @@ class Result:
         self.outputs, self.finished, self.aborted = [Completion()], False, False
 
     def abort(self):
+        if not self.finished:
+            with open(os.environ["STANDIN_LOG"], "a") as file:
+                file.write("stopped\n")
         self.aborted = True
         self.generation.close()
 
@@ -67,6 +71,7 @@ class Result:
     async def __anext__(self):
         loop, out = asyncio.get_running_loop(), self.outputs[0]
         while not self.finished:
+            await asyncio.sleep(0.02 if self.slow else 0)  # time to stop it
             step = await loop.run_in_executor(None, lambda: next(self.generation, None))
             self.finished = step is None or step.finish_reason is not None
             out.text += self.stream.push(step.token_ids if step else (), self.finished)
