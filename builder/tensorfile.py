@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import UserError
-from builder.tensors import FP8, NUMPY_DTYPES, Expression, Handle, Source
+from builder.tensors import FP8, INT8, NUMPY_DTYPES, Expression, Handle, Source
 
 SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -22,6 +22,7 @@ SAFETENSORS_DTYPES = {
     "F16": "float16",
     "BF16": "bfloat16",
     "F8_E4M3": FP8,
+    "I8": INT8,
 }
 _NAMES = {ours: theirs for theirs, ours in SAFETENSORS_DTYPES.items()}
 MAX_HEADER = 100_000_000  # what the safetensors library accepts

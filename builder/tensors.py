@@ -25,12 +25,14 @@ from builder.errors import UserError
 Array = np.ndarray
 
 FP8 = "float8_e4m3fn"
+INT8 = "int8"
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     FP8: np.dtype(ml_dtypes.float8_e4m3fn),
+    INT8: np.dtype(np.int8),
 }
 _BAND_BYTES = 1 << 20  # what stays in a core's cache
 

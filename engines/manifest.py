@@ -14,24 +14,30 @@ from builder.architecture import Architecture
 from builder.errors import UserError
 from builder.storage import read_json, write_json
 
-VERSION = 1
+VERSION = 2
 BESIDE = "ffn-fusion.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`architecture` is that of the whole model, widths padded. Lengths count tokens."""
+    """`architecture` is that of the whole model, widths padded. Lengths count tokens.
+
+    `dtype` is that of the activations and the KV cache, and of the weights unless `quant` names theirs.
+    `kv_cache_blocks` is the embedded engine's pool, 0 where the backend has its own.
+    """
 
     version: int = VERSION
     backend: str
     checkpoint_digest: str
     architecture: Architecture
     dtype: str
+    quant: str | None = None
     tp_size: int
     pp_size: int
     max_batch_size: int
     max_input_len: int
     max_seq_len: int
+    kv_cache_blocks: int = 0
     hardware: dict[str, Any]
     compiler: dict[str, Any]
 

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from builder import trtllm, writer
+from builder import int8, trtllm, writer
 from builder.checkpoint import Checkpoint
 from builder.errors import UserError
 from builder.storage import output_directory
-from engines.embedded import target
+from builder.tensors import Expression
+from engines.embedded import cache, compiler, target
 from engines.embedded.process import child_environment, package_root
+from engines.embedded.step import num_blocks
 from engines.manifest import Manifest
 
 DTYPES = ("float32", "bfloat16")
+INT8 = "int8"
 
 Report = Callable[[str], None]
 
@@ -33,7 +36,9 @@ def build(
     max_batch_size: int = 4,
     max_input_len: int | None = None,
     max_seq_len: int | None = None,
+    kv_cache_blocks: int | None = None,
     dtype: str | None = None,
+    quant: str | None = None,
     progress: Report | None = None,
 ) -> Manifest:
     """Compile `checkpoint_dir` into a new directory `output`; `progress` gets a line a stage.
@@ -60,25 +65,28 @@ def build(
             "layer; the embedded engine runs that with --tp 1"
         )
     longest = checkpoint.architecture.max_position_embeddings if max_seq_len is None else max_seq_len
+    full = num_blocks(longest)
     manifest = Manifest(
         backend=target.BACKEND,
         checkpoint_digest=checkpoint.digest,
         architecture=checkpoint.architecture,
         dtype=_engine_dtype(checkpoint.dtype, dtype),
+        quant=quant,
         tp_size=checkpoint.tp_size,
         pp_size=checkpoint.pp_size,
         max_batch_size=max_batch_size,
         max_input_len=longest // 2 if max_input_len is None else max_input_len,
         max_seq_len=longest,
+        kv_cache_blocks=max_batch_size * full if kv_cache_blocks is None else kv_cache_blocks,
         hardware=target.this_hardware(),
         compiler=target.this_compiler(),
     )
     _check_limits(manifest)
-    ranks = [checkpoint.rank(r).cast(manifest.dtype) for r in range(checkpoint.tp_size)]
-    num_bytes = sum(x.num_bytes for rank in ranks for x in rank.decoder_tensors().values())
+    ranks = [_weights(checkpoint.rank(r), manifest) for r in range(checkpoint.tp_size)]
+    num_bytes = sum(x.num_bytes for rank in ranks for x in rank.values())
     with output_directory(output, num_bytes) as directory:
         manifest.write(directory)
-        with _compiling(directory) as compilations:
+        with _compiling(directory, manifest, report) as compilations:
             _write_weights(directory, ranks, report)
             for compilation in compilations:
                 compilation.wait(report)
@@ -110,9 +118,15 @@ def _check_limits(manifest: Manifest) -> None:
         )
 
 
-def _write_weights(directory: Path, ranks: list[Checkpoint], report: Report) -> None:
+def _weights(rank: Checkpoint, manifest: Manifest) -> dict[str, Expression]:
+    """A rank's tensors in the engine's precision."""
+    tensors = rank.cast(manifest.dtype).decoder_tensors()
+    return int8.quantize(tensors) if manifest.quant == INT8 else tensors
+
+
+def _write_weights(directory: Path, ranks: list[dict[str, Expression]], report: Report) -> None:
     start = time.monotonic()
-    files = {f"rank{index}.safetensors": rank.decoder_tensors() for index, rank in enumerate(ranks)}
+    files = {f"rank{index}.safetensors": rank for index, rank in enumerate(ranks)}
     writer.write(directory, files)
     report(
         f"weights of {len(ranks)} rank{'s' * (len(ranks) > 1)} written in {time.monotonic() - start:.1f} s"
@@ -121,9 +135,11 @@ def _write_weights(directory: Path, ranks: list[Checkpoint], report: Report) -> 
 
 @dataclass(kw_only=True)
 class _Compilation:
-    """One program being compiled by its own process."""
+    """One file being compiled by its own process."""
 
-    kind: str
+    name: str
+    file: Path
+    key: str
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     start: float
@@ -134,33 +150,42 @@ class _Compilation:
             text = self.log.read().decode(errors="replace")
             print(text, file=sys.stderr)  # noqa: T201  the compiler's own words, before the one line
             last = (text.strip().splitlines() or [f"exit status {self.process.returncode}"])[-1]
-            raise UserError(f"{self.kind}: torch {target.torch_version()} cannot compile the program: {last}")
-        report(f"{self.kind} program compiled in {time.monotonic() - self.start:.1f} s")
+            raise UserError(f"{self.name}: torch {target.torch_version()} cannot compile it: {last}")
+        cache.keep(self.key, self.file)
+        report(f"{self.name} compiled in {time.monotonic() - self.start:.1f} s")
 
 
 @contextmanager
-def _compiling(directory: Path) -> Iterator[list[_Compilation]]:
-    """All programs side by side; none survives the block."""
+def _compiling(directory: Path, manifest: Manifest, report: Report) -> Iterator[list[_Compilation]]:
+    """What no cache has, side by side; no compiler survives the block."""
     compilations: list[_Compilation] = []
     try:
-        for kind in target.KINDS:
-            log = (directory / f".{kind}.log").open("w+b")
-            command = [sys.executable, "-m", "engines.embedded.program", str(directory), kind]
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=package_root(),
-                env=child_environment(),
-                start_new_session=True,
-            )
-            compilations.append(_Compilation(kind=kind, process=process, log=log, start=time.monotonic()))
+        for name in target.COMPILED:
+            key = compiler.key(manifest, name)
+            if cache.fetch(key, directory / name):
+                report(f"{name} taken from the cache")
+            else:
+                compilations.append(_start(directory, name, key))
         yield compilations
     finally:
         for compilation in compilations:
             _end(compilation)
-            (directory / f".{compilation.kind}.log").unlink(missing_ok=True)
+            (directory / f".{compilation.name}.log").unlink(missing_ok=True)
+
+
+def _start(directory: Path, name: str, key: str) -> _Compilation:
+    log = (directory / f".{name}.log").open("w+b")
+    process = subprocess.Popen(
+        compiler.command(directory, name),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd=package_root(),
+        env=child_environment(),
+        start_new_session=True,
+    )
+    start = time.monotonic()
+    return _Compilation(name=name, file=directory / name, key=key, process=process, log=log, start=start)
 
 
 def _end(compilation: _Compilation) -> None:

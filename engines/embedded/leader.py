@@ -21,8 +21,9 @@ class Leader:
 
     def __init__(self, runtime: Runtime, communicator: Communicator, connection: Connection) -> None:
         self._runtime, self._communicator, self._connection = runtime, communicator, connection
-        self._scheduler = Scheduler(runtime.manifest.max_batch_size)
-        self._samplers: dict[int, Sampler] = {}
+        manifest = runtime.manifest
+        self._scheduler = Scheduler(manifest.max_batch_size, manifest.kv_cache_blocks)
+        self._samplers: dict[int, Sampler] = {}  # by slot; that of a free slot is of no more use
 
     def run(self) -> None:
         """Until the session ends."""
@@ -36,11 +37,8 @@ class Leader:
             if message is None:
                 return False
             if "submit" in message:
-                request = protocol.submitted(message)
-                self._samplers[message["submit"]] = Sampler(request)
-                self._scheduler.submit(message["submit"], request)
+                self._scheduler.submit(message["submit"], protocol.submitted(message))
             else:
-                self._samplers.pop(message["cancel"], None)
                 self._scheduler.cancel(message["cancel"])
         return True
 
@@ -49,21 +47,20 @@ class Leader:
         if work is None:
             return []
         this, rows = work
-        self._communicator.send_step(step.encode(this))
+        if self._communicator.size > 1:
+            self._communicator.send_step(step.encode(this))
         logits = self._runtime.run(this)
         assert logits is not None, "rank 0 has the logits"
-        tokens = sample(logits, [self._samplers[row.request_id] for row in rows])
-        results = self._scheduler.advance(rows, tokens)
-        for request_id, output in results:
-            if output.finish_reason:
-                del self._samplers[request_id]
-        return results
+        if isinstance(this, step.Prefill):
+            self._samplers[this.slot] = Sampler(rows[0].request)
+        tokens, log_probs = sample(logits, [self._samplers[row.slot] for row in rows])
+        return self._scheduler.advance(rows, tokens, log_probs)
 
 
 def follow(runtime: Runtime, communicator: Communicator) -> None:
     """What the other ranks do: every step that rank 0 sends."""
     manifest = runtime.manifest
-    longest = step.max_message_size(manifest.max_batch_size, manifest.max_input_len)
+    longest = step.max_message_size(manifest.max_batch_size, manifest.max_input_len, manifest.max_seq_len)
     while (this := step.decode(communicator.receive_step(longest))) is not None:
         runtime.run(this)
 

@@ -1,14 +1,14 @@
 """What a session and rank 0 tell each other: one JSON object a line over a Unix socket.
 
 session -> rank 0   {"submit": id, "request": {...}}, {"cancel": id}; the end of the stream ends the ranks
-rank 0 -> session   {"ready": [pid, ...]} or {"refused": text}, then {"outputs": [[id, tokens, reason], ...]}
+rank 0 -> session   {"ready": [pid, ...]} or {"refused": text}, then
+                    {"outputs": [[id, tokens, reason], [id, tokens, reason, log_probs, cum_log_prob], ...]}
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from engines.embedded.request import Output, Request
@@ -28,20 +28,39 @@ def decode(line: bytes) -> Message:
 
 
 def submit(request_id: int, request: Request) -> Message:
-    return {"submit": request_id, "request": asdict(request)}
+    return {"submit": request_id, "request": vars(request)}
 
 
 def submitted(message: Message) -> Request:
     """The request of a submit message."""
     values = message["request"]
-    words = tuple(tuple(word) for word in values["stop_words"])
-    return Request(**{**values, "input_ids": tuple(values["input_ids"]), "stop_words": words})
+    words = {name: tuple(tuple(word) for word in values[name]) for name in ("stop_words", "bad_words")}
+    return Request(**{**values, **words, "input_ids": tuple(values["input_ids"])})
 
 
 def outputs(results: list[tuple[int, Output]]) -> Message:
-    return {"outputs": [[i, output.token_ids, output.finish_reason] for i, output in results]}
+    return {"outputs": [_row(request_id, output) for request_id, output in results]}
+
+
+def _row(request_id: int, output: Output) -> list[Any]:
+    row = [request_id, output.token_ids, output.finish_reason]
+    return row if output.cum_log_prob is None else [*row, output.log_probs, output.cum_log_prob]
 
 
 def output_list(message: Message) -> list[tuple[int, Output]]:
     """The results of an outputs message."""
-    return [(i, Output(token_ids=tuple(t), finish_reason=reason)) for i, t, reason in message["outputs"]]
+    return [(request_id, _output(*rest)) for request_id, *rest in message["outputs"]]
+
+
+def _output(
+    tokens: list[int],
+    reason: Any,
+    log_probs: list[float] | tuple[()] = (),
+    cum_log_prob: float | None = None,
+) -> Output:
+    return Output(
+        token_ids=tuple(tokens),
+        finish_reason=reason,
+        log_probs=tuple(log_probs),
+        cum_log_prob=cum_log_prob,
+    )

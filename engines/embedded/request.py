@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from builder.errors import UserError
+from engines.embedded.step import BLOCK_SIZE, num_blocks
 from engines.manifest import Manifest
 
 FinishReason = Literal["length", "end_id", "stop_words"]
@@ -19,7 +20,14 @@ class Request:
     Greedy when temperature, top_k and top_p are all None, or temperature is 0, or top_k is 1. Otherwise
     a token is drawn from softmax(logits / temperature) cut to the `top_k` likeliest (0: all), then to
     the fewest whose renormalised sum reaches `top_p`. The same seed draws the same tokens, whatever
-    else runs. Raises UserError for a value out of range.
+    else runs.
+
+    Before that, greedy or not, the logits are penalised as TensorRT-LLM does
+    (`engines.embedded.penalties`), and tokens that would finish one of `bad_words` are masked. Until
+    there are `min_tokens`, `end_id` and stop words of one token are masked and no stop word ends the
+    request; `max_tokens` does. `return_log_probs` asks for `Output.log_probs`.
+
+    Raises UserError for a value out of range.
     """
 
     input_ids: tuple[int, ...]
@@ -30,22 +38,47 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt_ignore_length: int = 0
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    return_log_probs: bool = False
 
     def __post_init__(self) -> None:
         if not self.input_ids:
             raise UserError("input_ids: empty; give at least one token")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens: {self.max_tokens} is not positive; ask for at least 1")
-        if not all(self.stop_words):
-            raise UserError("stop_words: an entry is empty; leave it out")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"seed: {self.seed} is not between 0 and 2^64 - 1")
+        self._check_words()
+        self._check_sampling()
+        self._check_penalties()
+
+    def _check_words(self) -> None:
+        for name in ("stop_words", "bad_words"):
+            if not all(getattr(self, name)):
+                raise UserError(f"{name}: an entry is empty; leave it out")
+
+    def _check_sampling(self) -> None:
         if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature: {self.temperature} is not 0 or more; 0 is greedy")
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"top_k: {self.top_k} is negative; 0 keeps all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is not above 0 and at most 1; 1 keeps all tokens")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"seed: {self.seed} is not between 0 and 2^64 - 1")
+
+    def _check_penalties(self) -> None:
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UserError(f"repetition_penalty: {self.repetition_penalty} is not above 0; 1 is none")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name}: {getattr(self, name)} is not a number; 0 is none")
+        for name in ("prompt_ignore_length", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)} is negative; give 0 or more")
 
     @property
     def greedy(self) -> bool:
@@ -65,17 +98,32 @@ class Request:
                 f"max_tokens: {self.max_tokens} after {length} input tokens, the engine's max_seq_len is "
                 f"{manifest.max_seq_len}; ask for at most {manifest.max_seq_len - length}"
             )
-        wrong = [t for t in self.input_ids if not 0 <= t < vocab]
-        if wrong:
+        needed, room = num_blocks(length + self.max_tokens), manifest.kv_cache_blocks
+        if needed > room:
             raise UserError(
-                f"input_ids: token {wrong[0]} is not below vocab_size {vocab}; use the model's tokenizer"
+                f"max_tokens: {self.max_tokens} after {length} input tokens are {needed} blocks of "
+                f"{BLOCK_SIZE} tokens, the engine's kv_cache_blocks is {room}; keep prompt and max_tokens "
+                f"within {room * BLOCK_SIZE} or build with more kv_cache_blocks"
             )
+        for name, words in (("input_ids", (self.input_ids,)), ("bad_words", self.bad_words)):
+            wrong = [t for word in words for t in word if not 0 <= t < vocab]
+            if wrong:
+                raise UserError(
+                    f"{name}: token {wrong[0]} is not below vocab_size {vocab}; use the model's tokenizer"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """The tokens of one step; `finish_reason` is set on the last. The end_id token is not among them,
-    the tokens of a stop word are."""
+    the tokens of a stop word are.
+
+    `log_probs` are those of `token_ids`, `cum_log_prob` the sum over all that were drawn so far, end_id
+    included: natural logarithms, of softmax(penalised logits / temperature) over the whole vocabulary
+    whatever top_k and top_p are. Empty and None unless the request has return_log_probs.
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    log_probs: tuple[float, ...] = ()
+    cum_log_prob: float | None = None

@@ -16,12 +16,11 @@ from torch._inductor import aoti_load_package
 
 from builder.decoder import rope_frequencies
 from builder.tensorfile import read_header
-from engines.embedded import target
+from engines.embedded import kernels, target
 from engines.embedded.collectives import Communicator
-from engines.embedded.step import Prefill, Step
-from engines.manifest import Manifest, read
-
-_SPAN = 64  # attention looks at a multiple of this many cache positions
+from engines.embedded.model import new_cache
+from engines.embedded.step import Prefill, Step, num_blocks
+from engines.manifest import read
 
 
 class Runtime:
@@ -35,35 +34,37 @@ class Runtime:
         self._weights = _map_weights(engine / f"rank{communicator.rank}.safetensors")
         architecture = self.manifest.architecture
         self._weights["rope_frequencies"] = rope_frequencies(architecture.rope, architecture.head_dim)
-        self._cache = _new_cache(self.manifest)
+        self._cache = new_cache(
+            architecture.shard(communicator.size),
+            self.manifest.kv_cache_blocks,
+            getattr(torch, self.manifest.dtype),
+        )
+        blocks = num_blocks(self.manifest.max_seq_len)
+        self._tables = torch.zeros(self.manifest.max_batch_size, blocks, dtype=torch.int64)
+        kernels.load(engine)
         self._prefill = _Program(engine / "prefill.pt2", self._weights)
         self._decode = _Program(engine / "decode.pt2", self._weights)
 
     def run(self, step: Step) -> Tensor | None:
         """Logits [B, vocab_size] in float32 on rank 0, B = 1 for a prefill; None on other ranks."""
         if isinstance(step, Prefill):
-            return self.prefill(step.slot, step.tokens)
+            return self.prefill(step.slot, step.blocks, step.tokens)
         return self.decode(step.slots, step.tokens, step.positions)
 
-    def prefill(self, slot: int, tokens: tuple[int, ...]) -> Tensor | None:
-        """Put a prompt into an empty slot; the logits that follow it, [1, vocab_size]."""
-        positions = torch.arange(len(tokens))[None]
-        slots = torch.tensor((slot,))
-        return self._logits(self._prefill, torch.tensor((tokens,)), positions, slots, len(tokens))
+    def prefill(self, slot: int, blocks: tuple[int, ...], tokens: tuple[int, ...]) -> Tensor | None:
+        """Put a prompt into `blocks`, which `slot` then has; the logits that follow it, [1, vocab_size]."""
+        self._tables[slot, : len(blocks)] = torch.tensor(blocks)
+        return self._logits(self._prefill([torch.tensor(tokens), self._tables[slot], *self._cache]))
 
     def decode(
         self, slots: tuple[int, ...], tokens: tuple[int, ...], positions: tuple[int, ...]
     ) -> Tensor | None:
         """One more token for each slot; the logits that follow, [B, vocab_size]."""
         columns = torch.tensor((tokens, positions, slots))  # [3, B]
-        token, position = columns[0][:, None], columns[1][:, None]
-        return self._logits(self._decode, token, position, columns[2], max(positions) + 1)
+        inputs = [columns[0], columns[1], self._tables[columns[2]], *self._cache]
+        return self._logits(self._decode(inputs))
 
-    def _logits(
-        self, program: _Program, tokens: Tensor, positions: Tensor, slots: Tensor, length: int
-    ) -> Tensor | None:
-        span = torch.arange(min(-(-length // _SPAN) * _SPAN, self.manifest.max_seq_len))
-        local = program([tokens, positions, *self._cache, slots, span]).float()
+    def _logits(self, local: Tensor) -> Tensor | None:
         logits = self._communicator.gather(local)
         return None if logits is None else logits[:, : self.manifest.architecture.vocab_size]
 
@@ -106,20 +107,3 @@ def _map_weights(file: Path) -> dict[str, Tensor]:
         name: data[x.offset : x.offset + x.num_bytes].view(getattr(torch, x.dtype)).view(x.shape)
         for name, x in sources.items()
     }
-
-
-def _new_cache(manifest: Manifest) -> list[Tensor]:
-    """What builder.decoder.Decoder.new_cache makes, for this rank's heads."""
-    local = manifest.architecture.shard(manifest.tp_size)
-    return [
-        torch.zeros(
-            manifest.max_batch_size,
-            manifest.max_seq_len + 1,
-            layer.num_key_value_heads,
-            local.head_dim,
-            dtype=getattr(torch, manifest.dtype),
-        )
-        for layer in local.layers
-        if layer.num_key_value_heads
-        for _ in "kv"
-    ]

@@ -19,7 +19,8 @@ from engines import hardware
 from engines.manifest import Manifest
 
 BACKEND = "embedded"
-KINDS = ("decode", "prefill")
+KERNELS = "kernels.so"
+COMPILED = ("decode.pt2", "prefill.pt2", KERNELS)
 
 # Flags of /proc/cpuinfo that become instructions under -march=native, with which AOTInductor compiles.
 _INSTRUCTIONS = re.compile(
@@ -61,7 +62,7 @@ def this_compiler() -> dict[str, Any]:
 
 def engine_files(manifest: Manifest) -> list[str]:
     """What an engine directory holds beside its config."""
-    return [f"{kind}.pt2" for kind in KINDS] + [f"rank{r}.safetensors" for r in range(manifest.tp_size)]
+    return [*COMPILED, *(f"rank{r}.safetensors" for r in range(manifest.tp_size))]
 
 
 def check(engine: Path, manifest: Manifest) -> None:

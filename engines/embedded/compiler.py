@@ -1,0 +1,76 @@
+"""How the engine's parts are compiled, and what their result depends on. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from builder.architecture import Architecture
+from engines.embedded.target import KERNELS
+from engines.manifest import Manifest
+
+_HERE = Path(__file__).parent
+_KERNEL_SOURCES = (_HERE / "kernels.cpp", Path(__file__))
+_PROGRAM_SOURCES = (
+    *(_HERE / name for name in ("kernels.py", "model.py", "program.py", "step.py", "collectives.py")),
+    *(_HERE.parent.parent / "builder" / name for name in ("decoder.py", "rope.py")),
+)
+
+
+def command(engine: Path, name: str) -> list[str]:
+    """What compiles ENGINE/NAME from ENGINE/config.json."""
+    if name == KERNELS:
+        return [*_kernels_command(), "-o", str(engine / name)]
+    return [sys.executable, "-m", "engines.embedded.program", str(engine), name.removesuffix(".pt2")]
+
+
+def _kernels_command() -> list[str]:
+    torch = _torch_root()
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return [
+        *shlex.split(os.environ.get("CXX") or "g++"),
+        *("-std=c++17", "-O3", native, "-fopenmp", "-fPIC", "-shared", "-Wno-psabi"),
+        *("-I", str(torch / "include")),
+        str(_HERE / "kernels.cpp"),
+        *("-L", str(torch / "lib"), "-ltorch_cpu"),
+    ]
+
+
+def _torch_root() -> Path:
+    """torch's directory, not importing it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None, "target.this_compiler has found torch"
+    assert spec.origin is not None, "torch is a package with an __init__.py"
+    return Path(spec.origin).parent
+
+
+def key(manifest: Manifest, name: str) -> str:
+    """SHA-256 over all that the compiled file `name` depends on, and nothing else."""
+    matters: dict[str, Any] = {
+        "name": name,
+        "compiler": manifest.compiler,
+        "features": manifest.hardware["features"],
+        "sources": [x.read_text("utf-8") for x in (_KERNEL_SOURCES if name == KERNELS else _PROGRAM_SOURCES)],
+    }
+    if name != KERNELS:
+        local = manifest.architecture.shard(manifest.tp_size)
+        names = ("dtype", "quant", "max_batch_size", "max_input_len", "max_seq_len", "kv_cache_blocks")
+        matters |= {n: getattr(manifest, n) for n in names}
+        matters |= {"architecture": _shapes(local), "alone": manifest.tp_size == 1}
+    return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()
+
+
+def _shapes(architecture: Architecture) -> dict[str, Any]:
+    """The architecture without where its layers came from."""
+    values = asdict(architecture)
+    for layer in values["layers"]:
+        del layer["members"]
+    return values

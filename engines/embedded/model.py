@@ -1,0 +1,251 @@
+"""One rank's decoder as the engine runs it: a decode step, and the prompt of one request.
+
+The weights have the names of `builder.decoder`, whose tensors these equal; a weight in int8 has its rows'
+scales beside it. K and V live in a pool of blocks of BLOCK_SIZE tokens, for each attention layer keys
+[num_blocks, kv heads, head_dim, BLOCK_SIZE] and values [num_blocks, kv heads, BLOCK_SIZE, head_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from builder.architecture import FFN, Architecture, Attention
+from builder.decoder import Collective, RMSNorm, rope_frequencies
+from engines.embedded import kernels  # noqa: F401  defines the operators
+from engines.embedded.step import BLOCK_SIZE
+
+Cache = list[Tensor]  # [keys, values] of each attention layer
+INT8 = "int8"
+SMALL_BATCH = 4  # up to here, products row by row are faster than tiles
+
+operators = torch.ops.ffn_fusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """How numbers are kept and multiplied.
+
+    `dtype` is that of activations, and of weights unless `quant` is "int8". `tiles` asks for kernels that are
+    made for batches of more than SMALL_BATCH.
+    """
+
+    dtype: torch.dtype
+    quant: str | None
+    tiles: bool
+
+
+class Projection(nn.Module):
+    """x times a weight, transposed; [B, columns] to [B, rows]."""
+
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, rows: int, columns: int, numbers: Numbers, bias: bool = False):
+        super().__init__()
+        small = numbers.quant == INT8
+        self.tiles = numbers.tiles
+        kind = torch.int8 if small else numbers.dtype
+        self.register_buffer("weight", torch.empty(rows, columns, dtype=kind))
+        self.register_buffer("scale", torch.empty(rows) if small else None)
+        self.register_buffer("bias", torch.empty(rows, dtype=numbers.dtype) if bias else None)
+
+    weight: Tensor
+
+    def forward(self, x: Tensor, logits: bool = False) -> Tensor:
+        return operators.engine_linear(x, self.weight, self.scale, self.bias, self.tiles, logits)
+
+
+class Rotation:
+    """Angles of the tokens of one pass, float32 [B, head_dim / 2]."""
+
+    def __init__(self, positions: Tensor, frequencies: Tensor, magnitude: float) -> None:
+        angles = positions[:, None].float() * frequencies
+        self.cos, self.sin = angles.cos() * magnitude, angles.sin() * magnitude
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention over this rank's heads; qkv rows are [Q; K; V]."""
+
+    def __init__(self, architecture: Architecture, attention: Attention, numbers: Numbers):
+        super().__init__()
+        self.heads, self.kv = architecture.num_attention_heads, attention.num_key_value_heads
+        rows = (self.heads + 2 * self.kv) * architecture.head_dim
+        self.qkv = Projection(rows, architecture.hidden_size, numbers, attention.bias)
+        self.o = Projection(architecture.hidden_size, architecture.q_size, numbers)
+
+    def decode(
+        self, x: Tensor, rotation: Rotation, cache: Cache, tables: Tensor, positions: Tensor
+    ) -> Tensor:
+        """One token of each of B requests over all its tokens so far."""
+        mixed = operators.engine_attention(
+            self.qkv(x), rotation.cos, rotation.sin, *cache, tables, positions, self.heads
+        )
+        return self.o(mixed)
+
+    def prefill(self, x: Tensor, rotation: Rotation, cache: Cache, table: Tensor) -> Tensor:
+        """The T tokens of one prompt over each other."""
+        stored = operators.engine_store_prompt(
+            self.qkv(x), rotation.cos, rotation.sin, *cache, table, self.heads
+        )
+        q, k, v = (part[None] for part in stored.split([self.heads, self.kv, self.kv]))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads > self.kv)
+        return self.o(mixed[0].transpose(0, 1).reshape(x.shape[0], -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU over this rank's share of the width."""
+
+    def __init__(self, hidden_size: int, ffn: FFN, numbers: Numbers) -> None:
+        super().__init__()
+        self.gate = Projection(ffn.intermediate_size, hidden_size, numbers)
+        self.up = Projection(ffn.intermediate_size, hidden_size, numbers)
+        self.down = Projection(hidden_size, ffn.intermediate_size, numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate, self.up
+        return self.down(operators.engine_swiglu(x, gate.weight, up.weight, gate.scale, up.scale, up.tiles))
+
+
+Attend = Callable[[SelfAttention, Tensor], Tensor]  # an attention and its input [B, hidden_size]
+
+
+class Matrix(nn.Module):
+    """One matrix in the place of an attention or FFN; it is whole, so nothing is summed over ranks."""
+
+    def __init__(self, architecture: Architecture, numbers: Numbers) -> None:
+        super().__init__()
+        self.linear = Projection(architecture.linear_size, architecture.hidden_size, numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Block(nn.Module):
+    """One layer; either half may be absent."""
+
+    attention_norm: RMSNorm
+    ffn_norm: RMSNorm
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        index: int,
+        numbers: Numbers,
+        all_reduce: Collective,
+    ):
+        super().__init__()
+        layer, hidden, eps = architecture.layers[index], architecture.hidden_size, architecture.norm_eps
+        self.all_reduce = all_reduce
+        self.attention: SelfAttention | Matrix | None = None
+        self.ffn: FeedForward | Matrix | None = None
+        if layer.attention:
+            self.attention_norm = RMSNorm(hidden, eps)
+            self.attention = (
+                SelfAttention(architecture, layer.attention, numbers)
+                if isinstance(layer.attention, Attention)
+                else Matrix(architecture, numbers)
+            )
+        if layer.ffn:
+            self.ffn_norm = RMSNorm(hidden, eps)
+            self.ffn = (
+                FeedForward(hidden, layer.ffn, numbers)
+                if isinstance(layer.ffn, FFN)
+                else Matrix(architecture, numbers)
+            )
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """x and what both halves add."""
+        if isinstance(self.attention, SelfAttention):
+            x = x + self.all_reduce(attend(self.attention, self.attention_norm(x)))
+        elif self.attention is not None:
+            x = x + self.attention(self.attention_norm(x))
+        if isinstance(self.ffn, FeedForward):
+            x = x + self.all_reduce(self.ffn(self.ffn_norm(x)))
+        elif self.ffn is not None:
+            x = x + self.ffn(self.ffn_norm(x))
+        return x
+
+
+class EngineDecoder(nn.Module):
+    """What both programs share; weights are empty until they are loaded."""
+
+    rope_frequencies: Tensor
+
+    def __init__(self, architecture: Architecture, numbers: Numbers, all_reduce: Collective) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.embedding = nn.Embedding(architecture.vocab_size, architecture.hidden_size, dtype=numbers.dtype)
+        self.layers = nn.ModuleList(
+            Block(architecture, i, numbers, all_reduce) for i in range(len(architecture.layers))
+        )
+        self.norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
+        self.lm_head = Projection(architecture.lm_head_size, architecture.hidden_size, numbers)
+        frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
+        self.register_buffer("rope_frequencies", frequencies, persistent=False)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.to(numbers.dtype)
+        self.eval().requires_grad_(False)
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        return Rotation(positions, self.rope_frequencies, self.architecture.rope.magnitude)
+
+    def hidden(self, tokens: Tensor, attend: Attend) -> Tensor:
+        """[B, hidden_size] after the last norm."""
+        x = self.embedding(tokens)
+        for block in self.layers:
+            x = block(x, attend)
+        return self.norm(x)
+
+
+class Decode(EngineDecoder):
+    """A decode step."""
+
+    def forward(self, tokens: Tensor, positions: Tensor, tables: Tensor, cache: Cache) -> Tensor:
+        """Float32 logits [B, lm_head_size] after `tokens` [B] at `positions` [B].
+
+        Row b of `tables` [B, blocks of a request] names the cache blocks of request b.
+        """
+        rotation, pairs = self.rotation(positions), _pairs(cache)
+
+        def attend(attention: SelfAttention, x: Tensor) -> Tensor:
+            return attention.decode(x, rotation, next(pairs), tables, positions)
+
+        return self.lm_head(self.hidden(tokens, attend), True)
+
+
+class Prefill(EngineDecoder):
+    """A prompt."""
+
+    def forward(self, tokens: Tensor, table: Tensor, cache: Cache) -> Tensor:
+        """Float32 logits [1, lm_head_size] after the prompt `tokens` [T], kept in the blocks `table`."""
+        rotation, pairs = self.rotation(torch.arange(tokens.shape[0])), _pairs(cache)
+
+        def attend(attention: SelfAttention, x: Tensor) -> Tensor:
+            return attention.prefill(x, rotation, next(pairs), table)
+
+        return self.lm_head(self.hidden(tokens, attend)[-1:], True)
+
+
+def _pairs(cache: Cache) -> Iterator[Cache]:
+    """Keys and values of each attention layer."""
+    return (cache[i : i + 2] for i in range(0, len(cache), 2))
+
+
+PROGRAMS = {"decode": Decode, "prefill": Prefill}
+
+
+def new_cache(architecture: Architecture, num_blocks: int, dtype: torch.dtype) -> Cache:
+    """An empty pool for a rank's share of the heads."""
+    size = architecture.head_dim
+    return [
+        torch.zeros(num_blocks, layer.num_key_value_heads, *shape, dtype=dtype)
+        for layer in architecture.layers
+        if layer.num_key_value_heads
+        for shape in ((size, BLOCK_SIZE), (BLOCK_SIZE, size))
+    ]
