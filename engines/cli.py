@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", type=DIRECTORY)
 @click.option(
     "--backend",
-    type=click.Choice(["embedded", "tensorrt-llm"]),
+    type=click.Choice(["embedded", "tensorrt-llm", "onnx"]),
     default="embedded",
     show_default=True,
-    help="embedded runs on CPUs; tensorrt-llm needs TensorRT-LLM and an H100 or H200.",
+    help="embedded runs on CPUs; tensorrt-llm needs TensorRT-LLM and an H100 or H200; onnx is portable.",
 )
 @click.option(
     "--max-batch-size", type=click.IntRange(1), help="Requests at once. Default: 4; tensorrt-llm: 32."
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Weights and KV cache; auto is the checkpoint's.",
+    help="Weights and KV cache; auto is the checkpoint's. float16: onnx only.",
 )
 @click.option("-o", "--output", type=DIRECTORY, help="The engine directory.")
 @trtllm_options
@@ -75,6 +75,7 @@ def build_engine(
     \b
     Examples:
         build-engine checkpoint --max-batch-size 8 --max-seq-len 2048 -o engine
+        build-engine checkpoint --backend onnx --dtype float16 -o onnx
         build-engine checkpoint --backend tensorrt-llm --dry-run
         build-engine checkpoint --backend tensorrt-llm --config build.yaml -o engine
         build-engine fused --backend tensorrt-llm --tp 8 -o engine
@@ -92,6 +93,9 @@ def build_engine(
         return
     refuse_given(options)
     assert output is not None, "checked above"
+    if backend == "onnx":
+        _build_onnx(checkpoint, output, as_json, dtype, limits)
+        return
     from engines.embedded.compilation import build
 
     start = time.monotonic()
@@ -105,6 +109,38 @@ def build_engine(
         progress=_report,
     )
     _emit_engine(manifest, output, time.monotonic() - start, as_json)
+
+
+def _build_onnx(
+    checkpoint: Path, output: Path, as_json: bool, dtype: str, limits: dict[str, int | None]
+) -> None:
+    from engines.onnx_export import compilation
+
+    start = time.monotonic()
+    manifest = compilation.build(
+        checkpoint,
+        output,
+        max_batch_size=limits["max_batch_size"] or 4,
+        max_input_len=limits["max_input_len"],
+        max_seq_len=limits["max_seq_len"],
+        dtype=None if dtype == "auto" else dtype,
+        progress=_report,
+    )
+    script = output / compilation.SCRIPT
+    result = {
+        "engine": str(output),
+        "backend": manifest.backend,
+        "tp_size": manifest.tp_size,
+        **{name: getattr(manifest, name) for name in limits},
+        "dtype": manifest.dtype,
+        "trtexec": str(script),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    text = (
+        f"{output}: ONNX, TP {manifest.tp_size}, {manifest.dtype}, written in {result['seconds']} s\n"
+        f"TensorRT: run {shlex.quote(str(script))}; it calls trtexec for every graph"
+    )
+    emit(result, as_json, text)
 
 
 def _build_trtllm(

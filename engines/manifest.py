@@ -50,9 +50,26 @@ class Manifest:
         size = 4 if self.dtype == "float32" else 2
         return {"dtype": self.dtype, **self.architecture.counts(self.tp_size, size)}
 
+    def check_limits(self) -> None:
+        """Raises UserError where a limit does not fit the architecture or the others."""
+        longest = self.architecture.max_position_embeddings
+        for name in ("max_batch_size", "max_input_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not positive; give at least 1")
+        if not 4 <= self.max_seq_len <= longest:
+            raise UserError(
+                f"max_seq_len: {self.max_seq_len} is not between 4 and the model's "
+                f"max_position_embeddings {longest}"
+            )
+        if self.max_input_len >= self.max_seq_len:
+            raise UserError(
+                f"max_input_len: {self.max_input_len} leaves no room for output in max_seq_len "
+                f"{self.max_seq_len}; lower it"
+            )
+
     def write(self, directory: Path) -> None:
         """Write it into an engine directory."""
-        name = "config.json" if self.backend == "embedded" else BESIDE
+        name = BESIDE if self.backend.startswith("tensorrt") else "config.json"
         write_json(directory / name, {**asdict(self), "architecture": self.architecture.to_dict()})
 
 

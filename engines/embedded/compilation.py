@@ -81,7 +81,7 @@ def build(
         hardware=target.this_hardware(),
         compiler=target.this_compiler(),
     )
-    _check_limits(manifest)
+    manifest.check_limits()
     ranks = [_weights(checkpoint.rank(r), manifest) for r in range(checkpoint.tp_size)]
     num_bytes = sum(x.num_bytes for rank in ranks for x in rank.values())
     with output_directory(output, num_bytes) as directory:
@@ -99,23 +99,6 @@ def _engine_dtype(stored: str, wanted: str | None) -> str:
         whose = "asked for" if wanted else "of the checkpoint"
         raise UserError(f"dtype: {dtype!r} {whose} is not one the CPU engine runs; give --dtype bfloat16")
     return dtype
-
-
-def _check_limits(manifest: Manifest) -> None:
-    longest = manifest.architecture.max_position_embeddings
-    for name in ("max_batch_size", "max_input_len"):
-        if getattr(manifest, name) < 1:
-            raise UserError(f"{name}: {getattr(manifest, name)} is not positive; give at least 1")
-    if not 4 <= manifest.max_seq_len <= longest:
-        raise UserError(
-            f"max_seq_len: {manifest.max_seq_len} is not between 4 and the model's "
-            f"max_position_embeddings {longest}"
-        )
-    if manifest.max_input_len >= manifest.max_seq_len:
-        raise UserError(
-            f"max_input_len: {manifest.max_input_len} leaves no room for output in max_seq_len "
-            f"{manifest.max_seq_len}; lower it"
-        )
 
 
 def _weights(rank: Checkpoint, manifest: Manifest) -> dict[str, Expression]:
