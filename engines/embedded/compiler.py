@@ -18,7 +18,8 @@ from engines.embedded.target import KERNELS
 from engines.manifest import Manifest
 
 _HERE = Path(__file__).parent
-_KERNEL_SOURCES = (_HERE / "kernels.cpp", Path(__file__))
+_NATIVE = _HERE / "native"
+_KERNEL_SOURCES = (*sorted(_NATIVE.iterdir()), Path(__file__))
 _PROGRAM_SOURCES = (
     *(_HERE / name for name in ("kernels.py", "model.py", "program.py", "step.py", "collectives.py")),
     *(_HERE.parent.parent / "builder" / name for name in ("decoder.py", "rope.py")),
@@ -34,14 +35,19 @@ def command(engine: Path, name: str) -> list[str]:
 
 def _kernels_command() -> list[str]:
     torch = _torch_root()
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     return [
         *shlex.split(os.environ.get("CXX") or "g++"),
-        *("-std=c++17", "-O3", native, "-fopenmp", "-fPIC", "-shared", "-Wno-psabi"),
+        *native_flags(),
         *("-I", str(torch / "include")),
-        str(_HERE / "kernels.cpp"),
+        str(_NATIVE / "operators.cpp"),
         *("-L", str(torch / "lib"), "-ltorch_cpu"),
     ]
+
+
+def native_flags() -> list[str]:
+    """The C++ compiler's flags for a shared library of kernels for this processor."""
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return ["-std=c++17", "-O3", native, "-fopenmp", "-fPIC", "-shared", "-Wno-psabi"]
 
 
 def _torch_root() -> Path:

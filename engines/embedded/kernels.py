@@ -1,4 +1,4 @@
-"""The CPU kernels of `kernels.cpp`: as operators that programs call, and as the library that has them.
+"""The CPU kernels of `native/`: as operators that programs call, and as the library that has them.
 
 Compiled programs call the library's C functions themselves (AOTInductor's custom_ops_to_c_shims), so it is
 loaded before them. Here the operators have shapes and no body: a program that contains them is for compiling.
