@@ -15,7 +15,6 @@ from builder.decoder import (
     Block,
     Context,
     FeedForward,
-    KVCache,
     SelfAttention,
     alone,
     rope_frequencies,
@@ -28,11 +27,8 @@ from builder.tensors import Expression
 from builder.writer import Progress
 
 
-def read_windows(model: Path, files: list[Path], samples: int, length: int) -> Tensor:
-    """`samples` windows of `length` tokens from text files, [samples, length].
-
-    Raises UserError where a file cannot be read or the text is too short for them all.
-    """
+def read_ids(tokenizer_dir: Path, files: list[Path]) -> list[int]:
+    """The tokens of text files, one after the other. Raises UserError where a file cannot be read."""
     texts = []
     for file in files:
         try:
@@ -41,8 +37,16 @@ def read_windows(model: Path, files: list[Path], samples: int, length: int) -> T
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    encoder = tokenizer.load(model)
-    ids = [token for text in texts for token in encoder.encode(text, add_special_tokens=False).ids]
+    encoder = tokenizer.load(tokenizer_dir)
+    return [token for text in texts for token in encoder.encode(text, add_special_tokens=False).ids]
+
+
+def read_windows(model: Path, files: list[Path], samples: int, length: int) -> Tensor:
+    """`samples` windows of `length` tokens from text files, [samples, length].
+
+    Raises UserError where a file cannot be read or the text is too short for them all.
+    """
+    ids = read_ids(model, files)
     windows = token_windows(ids, length - 1, samples)
     if len(windows) < samples:
         raise UserError(
@@ -69,14 +73,14 @@ def calibrate(
     hidden = to_tensor(checkpoint.tensors["embedding.weight"])[windows]
     positions = torch.arange(windows.shape[1])[None]
     frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
-    context = _RecordingContext(positions, frequencies, None, None, dtype, architecture.rope.magnitude)
+    context = _RecordingContext(positions, frequencies, dtype, architecture.rope.magnitude)
     largest: dict[str, float] = {}
     tensors = checkpoint.decoder_tensors()
     for index in range(len(architecture.layers)):
         block = _load(architecture, index, tensors)
         record = context.record = _Recorder(block, f"layers.{index}")
         for part in hidden.split(batch):
-            part.copy_(block(part, context, []))
+            part.copy_(block(part, context))
         largest |= record.largest
         if progress:
             progress(sum(x.num_bytes for x in checkpoint.layer(index).values()))
@@ -116,11 +120,10 @@ class _Recorder:
 
 
 class _RecordingContext(Context):
-    """Sees K and V as a cache would get them, K after its rotation, and keeps none."""
+    """Sees K and V as a cache would get them, K after its rotation."""
 
     record: _Recorder
 
-    def update(self, cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def see(self, k: Tensor, v: Tensor) -> None:
         self.record.see(KV, k)
         self.record.see(KV, v)
-        return k, v

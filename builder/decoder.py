@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from builder.checkpoint import Checkpoint
     from builder.tensors import Expression
 
-KVCache = list[Tensor]
 Collective = Callable[[Tensor], Tensor]
 
 
@@ -92,28 +91,15 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(architecture.hidden_size, rows, bias=attention.bias)
         self.o = nn.Linear(self.num_heads * self.head_dim, architecture.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, length, _ = x.shape
-        heads, kv, size = self.num_heads, self.num_key_value_heads, self.head_dim
-        q, k, v = self.qkv(x).view(batch, length, heads + 2 * kv, size).split([heads, kv, kv], dim=2)
+        heads, kv = self.num_heads, self.num_key_value_heads
+        q, k, v = self.qkv(x).view(batch, length, heads + 2 * kv, -1).split([heads, kv, kv], dim=2)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        if cache is not None:
-            k, v = context.update(cache, k, v)
-        # The query heads of one KV head become further query rows, so K and V are never repeated.
-        group = heads // kv
-        q = (
-            q.view(batch, length, kv, group, size)
-            .permute(0, 2, 3, 1, 4)
-            .reshape(batch, kv, group * length, size)
-        )
-        mask = context.mask.repeat(1, group, 1)[:, None]  # [B, 1, group * T, L]
-        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-        out = (
-            out.view(batch, kv, group, length, size)
-            .permute(0, 3, 1, 2, 4)
-            .reshape(batch, length, heads * size)
-        )
-        return self.o(out)
+        context.see(k, v)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads > kv)
+        return self.o(out.transpose(1, 2).reshape(batch, length, -1))
 
 
 class FeedForward(nn.Module):
@@ -166,9 +152,9 @@ class Block(nn.Module):
                 else FeedForward(hidden, layer.ffn)
             )
 
-    def forward(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         if isinstance(self.attention, SelfAttention):
-            x = x + self.all_reduce(self.attention(self.attention_norm(x), context, cache))
+            x = x + self.all_reduce(self.attention(self.attention_norm(x), context))
         elif self.attention is not None:
             x = x + self.attention(self.attention_norm(x))
         if isinstance(self.ffn, FeedForward):
@@ -179,35 +165,16 @@ class Block(nn.Module):
 
 
 class Context:
-    """What all attention layers share in one forward pass: angles, mask, and where the cache is written."""
+    """What all attention layers share in one forward pass: the angles of `positions` [B, T]."""
 
     def __init__(
-        self,
-        positions: Tensor,
-        frequencies: Tensor,
-        slots: Tensor | None,
-        span: Tensor | None,
-        dtype: torch.dtype,
-        magnitude: float = 1.0,
-    ):
+        self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype, magnitude: float = 1.0
+    ) -> None:
         angles = positions[:, :, None, None].to(frequencies.dtype) * frequencies  # [B, T, 1, head_dim/2]
-        cos, sin = angles.cos(), angles.sin()
-        if magnitude != 1.0:
-            cos, sin = cos * magnitude, sin * magnitude
-        self.cos, self.sin = cos.to(dtype), sin.to(dtype)
-        self.positions, self.slots, self.span = positions, slots, span
-        keys = positions[:, None, :] if span is None else span[None, None, :]
-        self.mask = keys <= positions[:, :, None]  # [B, T, L]
+        self.cos, self.sin = (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
 
-    def update(self, cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, T, heads, size] at slots and positions; return the slots' [B, L, heads, size]."""
-        assert self.slots is not None, "a cache needs slots"
-        assert self.span is not None, "a cache needs a span"
-        keys, values = cache
-        keys[self.slots[:, None], self.positions] = k
-        values[self.slots[:, None], self.positions] = v
-        length = self.span.shape[0]
-        return keys[:, :length][self.slots], values[:, :length][self.slots]
+    def see(self, k: Tensor, v: Tensor) -> None:
+        """Called with the rotated K and with V [B, T, heads, head_dim] of each attention."""
 
 
 def alone(x: Tensor) -> Tensor:
@@ -238,53 +205,13 @@ class Decoder(nn.Module):
         frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        cache: KVCache | None = None,
-        slots: Tensor | None = None,
-        span: Tensor | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        """Logits of `tokens` [B, T] at `positions` [B, T].
-
-        With a cache (see `new_cache`), K and V are written to rows `slots` [B] and attention looks at
-        cache positions `span` = arange(L), masked by `positions`. Returns [B, T, lm_head_size], or
-        [B, lm_head_size] of the last token with `last_only`.
-        """
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, T, lm_head_size] of `tokens` [B, T] at `positions` [B, T]; each sees those before it."""
         x = self.embedding(tokens)
-        context = Context(
-            positions, self.rope_frequencies, slots, span, x.dtype, self.architecture.rope.magnitude
-        )
-        attention_index = 0
+        context = Context(positions, self.rope_frequencies, x.dtype, self.architecture.rope.magnitude)
         for block in self.layers:
-            pair = None
-            if cache is not None and isinstance(block.attention, SelfAttention):
-                pair = cache[2 * attention_index : 2 * attention_index + 2]
-                attention_index += 1
-            x = block(x, context, pair)
-        return self.lm_head(self.norm(x[:, -1] if last_only else x))
-
-    def new_cache(self, num_slots: int, max_seq_len: int) -> KVCache:
-        """Empty [k0, v0, ...] of the attention layers, each [num_slots, max_seq_len + 1, kv heads, head_dim].
-
-        One position more than asked: an export must never see the slice equal the whole dimension.
-        """
-        weight = self.lm_head.weight
-        return [
-            torch.zeros(
-                num_slots,
-                max_seq_len + 1,
-                layer.num_key_value_heads,
-                self.architecture.head_dim,
-                dtype=weight.dtype,
-                device=weight.device,
-            )
-            for layer in self.architecture.layers
-            if layer.num_key_value_heads
-            for _ in "kv"
-        ]
+            x = block(x, context)
+        return self.lm_head(self.norm(x))
 
 
 def load(

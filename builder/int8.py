@@ -49,6 +49,20 @@ class Scales(Same):
             out[band, 0] = _scales(rows)
 
 
+@dataclass(frozen=True)
+class ScaleRows(Same):
+    """x with each row times its scale, in float32: what quantised weights stand for."""
+
+    x: Expression
+    scales: Expression
+
+    dtype = "float32"
+
+    def fill(self, out: Array, row: int, column: int) -> None:
+        widen(self.x, out, row, column)
+        np.multiply(out, self.scales.read(row, row + out.shape[0])[:, None], out=out)
+
+
 def _rows(x: Expression, count: int, first: int) -> Iterator[tuple[slice, Array]]:
     """Whole rows first..first + count in float32, in bands."""
     for band in bands(count, 4 * x.columns):
@@ -72,3 +86,13 @@ def quantize(tensors: Mapping[str, Expression]) -> dict[str, Expression]:
             smaller[name] = Quantize(x)
             smaller[name.removesuffix("weight") + "scale"] = Scales(x)
     return smaller
+
+
+def dequantize(tensors: Mapping[str, Expression]) -> dict[str, Expression]:
+    """The inverse of `quantize`, but for what rounding took; matrices in float32."""
+    whole = {name: x for name, x in tensors.items() if not name.endswith(".scale")}
+    for name, scales in tensors.items():
+        if name.endswith(".scale"):
+            weight = name.removesuffix("scale") + "weight"
+            whole[weight] = ScaleRows(tensors[weight], scales)
+    return whole

@@ -60,19 +60,6 @@ def test_logits_are_those_of_transformers(tmp_path: Path, overrides: dict) -> No
     torch.testing.assert_close(load(huggingface.read(directory))(tokens, positions), expected)
 
 
-def test_cache_changes_nothing(tiny_hf: Path) -> None:
-    decoder = load(fused(tiny_hf))
-    tokens, positions = tokens_and_positions()
-    expected = decoder(tokens, positions)
-    cache, slots = decoder.new_cache(3, 64), torch.tensor([2, 0])
-    first = decoder(tokens[:, :20], positions[:, :20], cache, slots, torch.arange(40))
-    steps = [
-        decoder(tokens[:, i : i + 1], positions[:, i : i + 1], cache, slots, torch.arange(40))
-        for i in range(20, 33)
-    ]
-    torch.testing.assert_close(torch.cat([first, *steps], 1), expected)
-
-
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_shards_sum_to_the_whole(tiny_hf: Path, tp_size: int) -> None:
     """Ranks are threads that meet at a barrier to sum. TP 4 repeats KV heads."""
