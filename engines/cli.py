@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ import click
 from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
 from engines.options import (
+    backend_options,
     check_dtype,
+    embedded_options,
     engine_options,
     pytorch_options,
     refuse_given,
-    trtllm_options,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     help="Weights and KV cache; auto is the checkpoint's. float16: onnx only.",
 )
 @click.option("-o", "--output", type=DIRECTORY, help="The engine directory.")
-@trtllm_options
+@backend_options
 @JSON
 def build_engine(
     checkpoint: Path,
@@ -75,6 +77,7 @@ def build_engine(
     \b
     Examples:
         build-engine checkpoint --max-batch-size 8 --max-seq-len 2048 -o engine
+        build-engine checkpoint --quant int8 --kv-cache-memory 4GiB -o engine
         build-engine checkpoint --backend onnx --dtype float16 -o onnx
         build-engine checkpoint --backend tensorrt-llm --dry-run
         build-engine checkpoint --backend tensorrt-llm --config build.yaml -o engine
@@ -91,24 +94,49 @@ def build_engine(
         check_dtype(dtype)
         _build_trtllm(checkpoint, output, as_json, options, limits)
         return
-    refuse_given(options)
     assert output is not None, "checked above"
     if backend == "onnx":
+        refuse_given(options, "onnx")
         _build_onnx(checkpoint, output, as_json, dtype, limits)
         return
+    _build_embedded(checkpoint, output, as_json, dtype, limits, embedded_options(options))
+
+
+def _build_embedded(
+    checkpoint: Path,
+    output: Path,
+    as_json: bool,
+    dtype: str,
+    limits: dict[str, int | None],
+    given: dict[str, Any],
+) -> None:
     from engines.embedded.compilation import build
 
+    data, tokenizer = given.get("data"), given.get("tokenizer")
+    if (data is None) != (tokenizer is None):
+        raise click.UsageError("--data and --tokenizer go together")
+    if data is not None and "quant" not in given:
+        raise click.UsageError("--data is for --quant")
     start = time.monotonic()
     manifest = build(
         checkpoint,
         output,
-        max_batch_size=max_batch_size or 4,
-        max_input_len=max_input_len,
-        max_seq_len=max_seq_len,
+        max_batch_size=limits["max_batch_size"] or 4,
+        max_input_len=limits["max_input_len"],
+        max_seq_len=limits["max_seq_len"],
+        kv_cache_memory=given.get("kv_cache_memory"),
         dtype=None if dtype == "auto" else dtype,
+        quant=given.get("quant"),
         progress=_report,
     )
-    _emit_engine(manifest, output, time.monotonic() - start, as_json)
+    seconds, cost = time.monotonic() - start, None
+    if manifest.quant:
+        from engines.embedded import quality
+
+        windows = quality.read_text(data, tokenizer) if data and tokenizer else quality.own_text(output)
+        cost = quality.cost(checkpoint, output, windows, own=data is None)
+        _report(cost.describe(manifest.quant))
+    _emit_engine(manifest, output, seconds, as_json, {"quality": asdict(cost)} if cost else {})
 
 
 def _build_onnx(
@@ -213,14 +241,15 @@ def _emit_dry_run(prepared: Prepared, as_json: bool) -> None:
     emit(result, as_json, "\n".join(lines))
 
 
-def _emit_engine(manifest: Manifest, output: Path, seconds: float, as_json: bool) -> None:
+def _emit_engine(
+    manifest: Manifest, output: Path, seconds: float, as_json: bool, more: dict[str, Any] | None = None
+) -> None:
     limits = {n: getattr(manifest, n) for n in ("max_batch_size", "max_input_len", "max_seq_len")}
     result = {"engine": str(output), "backend": manifest.backend, "tp_size": manifest.tp_size, **limits}
-    text = (
-        f"{output}: {manifest.backend} engine, TP {manifest.tp_size}, {manifest.dtype}, "
-        f"built in {seconds:.1f} s"
-    )
-    emit({**result, "dtype": manifest.dtype, "seconds": round(seconds, 1)}, as_json, text)
+    numbers = manifest.dtype + (f" with {manifest.quant} weights" if manifest.quant else "")
+    text = f"{output}: {manifest.backend} engine, TP {manifest.tp_size}, {numbers}, built in {seconds:.1f} s"
+    result |= {"dtype": manifest.dtype, "quant": manifest.quant, "seconds": round(seconds, 1), **(more or {})}
+    emit(result, as_json, text)
 
 
 def _report(line: str) -> None:

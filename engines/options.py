@@ -1,7 +1,8 @@
-"""The options of build-engine that only TensorRT-LLM has: for trtllm-build, and for its PyTorch backend."""
+"""The options of build-engine that only one backend has."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,22 @@ import click
 
 from builder.errors import UserError
 from builder.options import DIRECTORY
+
+
+class Size(click.ParamType):
+    """Bytes: a number with an optional unit, decimal or binary."""
+
+    name = "size"
+    _units = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}} | {
+        f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
+        if found is None or found[2] not in self._units:
+            self.fail(f"{value!r} is not a size such as 512MB or 4GiB", param, ctx)
+        return int(float(found[1]) * self._units[found[2]])
+
 
 _LIMITS: dict[str, tuple[Any, str]] = {  # of both
     "max-num-tokens": (click.IntRange(1), "Tokens of all requests in one step. Default: 8192."),
@@ -46,15 +63,22 @@ _PYTORCH: dict[str, tuple[Any, str]] = {
     "cuda-graphs/--no-cuda-graphs": (None, "Replay decode steps. Default: yes."),
     "chunked-prefill/--no-chunked-prefill": (None, "Cut long prompts. Default: yes."),
 }
+_EMBEDDED: dict[str, tuple[Any, str]] = {
+    "quant": (click.Choice(["int8"]), "Weights in 8 bits, a scale a row; what that costs is printed."),
+    "kv-cache-memory": (Size(), "Of each rank, such as 4GiB; requests wait for room. Default: all fit."),
+    "data": (DIRECTORY, "Text file to tell the cost of --quant on. Default: text of the engine's own."),
+    "tokenizer": (DIRECTORY, "The Hugging Face directory with tokenizer.json, for --data."),
+}
 _SHORT = {"tp-size": "--tp", "pp-size": "--pp"}
-WHOSE = {"tensorrt-llm": _LIMITS, "trtllm-build": _ENGINE, "PyTorch backend": _PYTORCH}
+_FLAGS = ("without_nvlink", "dry_run")  # False where they were not given
+WHOSE = {"tensorrt-llm": _LIMITS, "trtllm-build": _ENGINE, "PyTorch backend": _PYTORCH, "embedded": _EMBEDDED}
 
 
 def _name(flag: str) -> str:
     return flag.partition("/")[0].replace("-", "_")
 
 
-def trtllm_options(command: Callable[..., None]) -> Callable[..., None]:
+def backend_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add them, and --config, --dry-run and --without-nvlink. Each is None or False where not given."""
     options = [
         click.option("--config", "config_file", type=DIRECTORY, help="trtllm-build: options as YAML."),
@@ -75,10 +99,14 @@ def trtllm_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def refuse_given(options: dict[str, Any]) -> None:
-    """Raise UsageError where one of `trtllm_options` was given to another backend."""
-    given = {name: value for name, value in options.items() if value not in (None, False)}
-    _refuse(given, "belongs to --backend tensorrt-llm")
+def embedded_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What was given for the embedded engine. Raises UsageError for what only another backend has."""
+    return _of(options, _EMBEDDED, "belongs to --backend tensorrt-llm")
+
+
+def refuse_given(options: dict[str, Any], backend: str) -> None:
+    """Raise UsageError where one of `backend_options` was given to a backend that has none of its own."""
+    _of(options, {}, f"is not for --backend {backend}")
 
 
 def engine_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +120,7 @@ def pytorch_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of(options: dict[str, Any], table: dict[str, tuple[Any, str]], otherwise: str) -> dict[str, Any]:
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {n: v for n, v in options.items() if v is not None and not (n in _FLAGS and v is False)}
     own = {_name(flag) for flag in table}
     _refuse({name: value for name, value in given.items() if name not in own}, otherwise)
     return given

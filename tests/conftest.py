@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "FFN_FUSION_COMPILE_CACHE" not in os.environ:  # nothing from, or into, the user's own
+    os.environ["FFN_FUSION_COMPILE_CACHE"] = tempfile.mkdtemp(prefix="ffn-fusion-compiled-")
+    atexit.register(shutil.rmtree, os.environ["FFN_FUSION_COMPILE_CACHE"], ignore_errors=True)
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog.",

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +20,7 @@ from builder.storage import output_directory
 from builder.tensors import Expression
 from engines.embedded import cache, compiler, target
 from engines.embedded.process import child_environment, package_root
-from engines.embedded.step import num_blocks
+from engines.embedded.step import BLOCK_SIZE, num_blocks
 from engines.manifest import Manifest
 
 DTYPES = ("float32", "bfloat16")
@@ -36,7 +36,7 @@ def build(
     max_batch_size: int = 4,
     max_input_len: int | None = None,
     max_seq_len: int | None = None,
-    kv_cache_blocks: int | None = None,
+    kv_cache_memory: int | None = None,
     dtype: str | None = None,
     quant: str | None = None,
     progress: Report | None = None,
@@ -44,6 +44,8 @@ def build(
     """Compile `checkpoint_dir` into a new directory `output`; `progress` gets a line a stage.
 
     Limits default to the model's max_position_embeddings and half of it; `dtype` to the checkpoint's.
+    `kv_cache_memory` bounds a rank's KV cache in bytes; without it all requests at once have room.
+    `quant` "int8" keeps the matrices in 8 bits.
     Raises UserError for a checkpoint or limit that does not fit, no C++ compiler, a failed
     compilation, or an output that exists; nothing is left behind then.
     """
@@ -65,7 +67,6 @@ def build(
             "layer; the embedded engine runs that with --tp 1"
         )
     longest = checkpoint.architecture.max_position_embeddings if max_seq_len is None else max_seq_len
-    full = num_blocks(longest)
     manifest = Manifest(
         backend=target.BACKEND,
         checkpoint_digest=checkpoint.digest,
@@ -77,20 +78,36 @@ def build(
         max_batch_size=max_batch_size,
         max_input_len=longest // 2 if max_input_len is None else max_input_len,
         max_seq_len=longest,
-        kv_cache_blocks=max_batch_size * full if kv_cache_blocks is None else kv_cache_blocks,
         hardware=target.this_hardware(),
         compiler=target.this_compiler(),
     )
     manifest.check_limits()
+    manifest = replace(manifest, kv_cache_blocks=_kv_cache_blocks(manifest, kv_cache_memory))
     ranks = [_weights(checkpoint.rank(r), manifest) for r in range(checkpoint.tp_size)]
     num_bytes = sum(x.num_bytes for rank in ranks for x in rank.values())
     with output_directory(output, num_bytes) as directory:
         manifest.write(directory)
         with _compiling(directory, manifest, report) as compilations:
             _write_weights(directory, ranks, report)
-            for compilation in compilations:
-                compilation.wait(report)
+            _wait(compilations, report)
     return manifest
+
+
+def _kv_cache_blocks(manifest: Manifest, memory: int | None) -> int:
+    """As many blocks as all requests at once could need, or as `memory` bytes of a rank hold."""
+    longest = num_blocks(manifest.max_seq_len)
+    most = manifest.max_batch_size * longest
+    if memory is None:
+        return most
+    local = manifest.architecture.shard(manifest.tp_size)
+    size = BLOCK_SIZE * local.kv_cache_bytes_per_token(2 if manifest.dtype == "bfloat16" else 4)
+    held = memory // max(1, size)
+    if held < longest:
+        raise UserError(
+            f"kv_cache_memory: {memory} bytes are {held * BLOCK_SIZE} tokens, max_seq_len is "
+            f"{manifest.max_seq_len}; give at least {longest * size}, or a smaller max_seq_len"
+        )
+    return min(most, held)
 
 
 def _engine_dtype(stored: str, wanted: str | None) -> str:
@@ -127,8 +144,9 @@ class _Compilation:
     log: IO[bytes]
     start: float
 
-    def wait(self, report: Report) -> None:
-        if self.process.wait():
+    def finish(self, report: Report) -> None:
+        """After its end. Raises UserError where it failed."""
+        if self.process.returncode:
             self.log.seek(0)
             text = self.log.read().decode(errors="replace")
             print(text, file=sys.stderr)  # noqa: T201  the compiler's own words, before the one line
@@ -136,6 +154,15 @@ class _Compilation:
             raise UserError(f"{self.name}: torch {target.torch_version()} cannot compile it: {last}")
         cache.keep(self.key, self.file)
         report(f"{self.name} compiled in {time.monotonic() - self.start:.1f} s")
+
+
+def _wait(compilations: list[_Compilation], report: Report) -> None:
+    running = list(compilations)
+    while running:
+        for compilation in [c for c in running if c.process.poll() is not None]:
+            running.remove(compilation)
+            compilation.finish(report)
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -149,6 +176,8 @@ def _compiling(directory: Path, manifest: Manifest, report: Report) -> Iterator[
                 report(f"{name} taken from the cache")
             else:
                 compilations.append(_start(directory, name, key))
+        if compilations:
+            report(f"compiling {', '.join(c.name for c in compilations)}")
         yield compilations
     finally:
         for compilation in compilations:
