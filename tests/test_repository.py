@@ -167,7 +167,7 @@ def test_no_tokenizer(engine: Path, tmp_path: Path) -> None:
 def test_other_backends_are_refused(engine: Path, tiny_hf: Path, tmp_path: Path) -> None:
     config = json.loads((engine / "config.json").read_text())
     (engine / "config.json").write_text(json.dumps({**config, "backend": "tensorrt-lm"}))
-    with pytest.raises(UserError, match="backend 'tensorrt-lm' is not known"):
+    with pytest.raises(UserError, match="backend 'tensorrt-lm' is not served"):
         repository.write_repository(engine, tiny_hf, tmp_path / "r")
 
 

@@ -103,7 +103,7 @@ class Request:
             raise UserError(
                 f"max_tokens: {self.max_tokens} after {length} input tokens are {needed} blocks of "
                 f"{BLOCK_SIZE} tokens, the engine's kv_cache_blocks is {room}; keep prompt and max_tokens "
-                f"within {room * BLOCK_SIZE} or build with more kv_cache_blocks"
+                f"within {room * BLOCK_SIZE} or build with a larger --kv-cache-memory"
             )
         for name, words in (("input_ids", (self.input_ids,)), ("bad_words", self.bad_words)):
             wrong = [t for word in words for t in word if not 0 <= t < vocab]

@@ -8,7 +8,9 @@ from engines.manifest import Manifest
 from triton_repo.facts import FACTS, facts_text
 from triton_repo.flavours import text
 from triton_repo.pbtxt import Model, Tensor
-from triton_repo.tensors import PREPROCESSED, SAMPLING
+from triton_repo.tensors import PREPROCESSED, SAMPLING, answers
+
+LOG_PROBS = ("cum_log_probs", "output_log_probs")  # of TensorRT-LLM's answers, those that this engine has
 
 
 def tensorrt_llm(engine: Path, tokenizer: Path, manifest: Manifest | None = None) -> Model:
@@ -28,6 +30,7 @@ def tensorrt_llm(engine: Path, tokenizer: Path, manifest: Manifest | None = None
             Tensor(name="sequence_length", data_type="INT32", dims=(-1,)),
             Tensor(name="prefix_ids", data_type="INT32", dims=(-1,)),
             Tensor(name="final", data_type="BOOL"),
+            *(tensor for tensor in answers() if tensor.name in LOG_PROBS),
         ),
         decoupled=True,
         parameters={

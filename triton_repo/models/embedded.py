@@ -17,11 +17,6 @@ NEUTRAL = {
     "beam_width": (0, 1),
     "num_return_sequences": (0, 1),
     "len_penalty": (0.0, 1.0),
-    "repetition_penalty": (0.0, 1.0),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "min_tokens": (0, 1),
-    "return_log_probs": (False,),
     "return_context_logits": (False,),
     "return_generation_logits": (False,),
     "return_perf_metrics": (False,),
@@ -55,36 +50,60 @@ def engine_request(request) -> Request:
         given = value(request, name)
         if given is not None and given not in neutral:
             raise UserError(f"{name}: {given} is not supported by the embedded engine; leave it out")
-    if words(request, "bad_words_list"):
-        raise UserError("bad_words: not supported by the embedded engine; leave it out")
     length = value(request, "input_lengths")
     ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()[0, :length].tolist()
     end = value(request, "end_id")
-    temperature = value(request, "temperature")
     return Request(
         input_ids=tuple(ids),
         max_tokens=value(request, "request_output_len"),
         end_id=None if end is None or end < 0 else end,
         stop_words=words(request, "stop_words_list"),
-        temperature=temperature,
+        bad_words=words(request, "bad_words_list"),
+        temperature=value(request, "temperature"),
         top_k=value(request, "runtime_top_k") or None,
         top_p=value(request, "runtime_top_p") or None,
         seed=value(request, "seed") or 0,
+        repetition_penalty=value(request, "repetition_penalty") or 1.0,
+        presence_penalty=value(request, "presence_penalty") or 0.0,
+        frequency_penalty=value(request, "frequency_penalty") or 0.0,
+        min_tokens=value(request, "min_tokens") or 0,
+        return_log_probs=bool(value(request, "return_log_probs")),
     )
 
 
-def response(prefix: list[int], tokens: list[int], final: bool, names: set[str]):
-    """The new tokens of one step, and what postprocessing needs to turn them into text.
+class Said:
+    """The tokens of a request so far, and their log-probabilities where it asked for them."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.log_probs: list[float] = []
+        self.cum_log_prob: float | None = None
+
+    def add(self, output) -> None:
+        self.tokens += output.token_ids
+        self.log_probs += output.log_probs
+        self.cum_log_prob = output.cum_log_prob
+
+
+def response(said: Said, new: int, final: bool, names: set[str]):
+    """The last `new` tokens, and what postprocessing needs to turn them into text.
+
+    Log-probabilities are of all tokens so far, in streams too, as TensorRT-LLM answers them.
 
     Only what was asked for: the stub drops the rest without holding Python's lock, which corrupts memory
     where several threads run (python_backend, src/response_sender.cc, PruneOutputTensors).
     """
+    start = len(said.tokens) - new
+    before, tokens = said.tokens[max(0, start - PREFIX) : start], said.tokens[start:]
     values = {
         "output_ids": np.array(tokens, np.int32).reshape(1, 1, -1),
         "sequence_length": np.array([[len(tokens)]], np.int32),
-        "prefix_ids": np.array([prefix[-PREFIX:] or [-1]], np.int32),
+        "prefix_ids": np.array([before or [-1]], np.int32),
         "final": np.array([[final]], bool),
     }
+    if said.cum_log_prob is not None:
+        values["output_log_probs"] = np.array(said.log_probs, np.float32).reshape(1, 1, -1)
+        values["cum_log_probs"] = np.array([[said.cum_log_prob]], np.float32)
     made = [pb_utils.Tensor(name, value) for name, value in values.items() if name in names]
     return pb_utils.InferenceResponse(output_tensors=made)
 
@@ -102,16 +121,16 @@ class Running:
 
     def run(self) -> None:
         """Send what the engine makes. Raises EngineError where it dies."""
-        generated: list[int] = []
+        said = Said()
         for output in self.outputs:
+            said.add(output)
             if self.streaming:
                 final = output.finish_reason is not None
-                self.sender.send(response(generated, list(output.token_ids), final, self.names))
-            generated += output.token_ids
+                self.sender.send(response(said, len(output.token_ids), final, self.names))
         if self.stopped:
             raise Cancelled
         if not self.streaming:
-            self.sender.send(response([], generated, True, self.names))
+            self.sender.send(response(said, len(said.tokens), True, self.names))
 
 
 class Cancelled(Exception):  # noqa: N818  (nobody's error)

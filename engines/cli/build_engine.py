@@ -1,4 +1,4 @@
-"""The engine's commands: build-engine, generate."""
+"""build-engine: one command for the embedded engine, TensorRT-LLM and ONNX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
 from engines.options import (
     backend_options,
@@ -254,64 +253,3 @@ def _emit_engine(
 
 def _report(line: str) -> None:
     click.echo(line, err=True)
-
-
-@click.command()
-@click.argument("engine", type=DIRECTORY)
-@click.option(
-    "--tokenizer", type=DIRECTORY, required=True, help="The Hugging Face directory with tokenizer.json."
-)
-@click.option("--prompt", required=True, help="The text to continue.")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--temperature", type=float, help="Above 0 samples; 0 is greedy. Default: greedy.")
-@click.option("--top-k", type=int, help="Sample among the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Sample among the likeliest tokens whose probabilities reach p.")
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
-@JSON
-def generate(
-    engine: Path,
-    tokenizer: Path,
-    prompt: str,
-    max_tokens: int,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Continue a prompt with ENGINE, on as many ranks as it was built for; text streams to stdout.
-
-    \b
-    Example:
-        ffn-fusion generate engine --tokenizer model --prompt 'import ' --max-tokens 32
-    """
-    from builder import tokenizer as tokenizers
-    from engines.embedded.session import EngineError, Request, Session
-
-    text = tokenizers.TextStream(tokenizer=tokenizers.load(tokenizer))
-    ends = tokenizers.end_ids(tokenizer)
-    request = Request(
-        input_ids=tuple(text.tokenizer.encode(prompt).ids),
-        max_tokens=max_tokens,
-        end_id=ends[0] if ends else None,
-        stop_words=tuple((end,) for end in ends[1:]),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
-    pieces, reason = [], None
-    try:
-        with Session(engine) as session:
-            for output in session.generate(request):
-                reason = output.finish_reason
-                pieces.append(text.push(output.token_ids, reason is not None))
-                if not as_json:
-                    click.echo(pieces[-1], nl=False)
-    except EngineError as error:
-        raise UserError(f"{engine}: {error}") from error
-    result = {"text": "".join(pieces), "token_ids": text.ids, "finish_reason": reason}
-    emit(result, as_json, "")
-
-
-COMMANDS = (build_engine, generate)

@@ -1,0 +1,6 @@
+"""The engine's commands."""
+
+from engines.cli.build_engine import build_engine
+from engines.cli.generate import generate
+
+COMMANDS = (build_engine, generate)
