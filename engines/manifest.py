@@ -23,7 +23,8 @@ class Manifest:
     """`architecture` is that of the whole model, widths padded. Lengths count tokens.
 
     `dtype` is that of the activations and the KV cache, and of the weights unless `quant` names theirs.
-    `kv_cache_blocks` is the embedded engine's pool, 0 where the backend has its own.
+    `device` is what an embedded engine runs on, "cpu" or "cuda"; `kv_cache_blocks` is its pool, 0 where the
+    backend has its own.
     """
 
     version: int = VERSION
@@ -32,6 +33,7 @@ class Manifest:
     architecture: Architecture
     dtype: str
     quant: str | None = None
+    device: str = "cpu"
     tp_size: int
     pp_size: int
     max_batch_size: int

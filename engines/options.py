@@ -64,7 +64,11 @@ _PYTORCH: dict[str, tuple[Any, str]] = {
     "chunked-prefill/--no-chunked-prefill": (None, "Cut long prompts. Default: yes."),
 }
 _EMBEDDED: dict[str, tuple[Any, str]] = {
-    "quant": (click.Choice(["int8"]), "Weights in 8 bits, a scale a row; what that costs is printed."),
+    "device": (click.Choice(["cpu", "cuda"]), "What runs it; cuda was not run yet. Default: cpu."),
+    "quant": (
+        click.Choice(["int8", "fp8"]),
+        "Weights in 8 bits, a scale a row: int8 on the CPU, fp8 on cuda. What that costs is printed.",
+    ),
     "kv-cache-memory": (Size(), "Of each rank, such as 4GiB; requests wait for room. Default: all fit."),
     "data": (DIRECTORY, "Text file to tell the cost of --quant on. Default: text of the engine's own."),
     "tokenizer": (DIRECTORY, "The Hugging Face directory with tokenizer.json, for --data."),

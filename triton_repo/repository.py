@@ -73,7 +73,8 @@ def prepare(
         return _engine(directory, manifest, _tokenizer(tokenizer_dir), output.absolute(), options)
     if manifest.backend != serving.BACKEND:
         raise UserError(
-            f"{directory}: backend {manifest.backend!r} is not served; build with --backend embedded or tensorrt-llm"
+            f"{directory}: backend {manifest.backend!r} is not served; "
+            "build with --backend embedded or tensorrt-llm"
         )
     if tokenizer_dir is not None:
         raise UserError("tokenizer: the PyTorch backend reads its model's own; leave --tokenizer out")

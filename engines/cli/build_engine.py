@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     type=click.Choice(["embedded", "tensorrt-llm", "onnx"]),
     default="embedded",
     show_default=True,
-    help="embedded runs on CPUs; tensorrt-llm needs TensorRT-LLM and an H100 or H200; onnx is portable.",
+    help="embedded runs on CPUs, and on GPUs with --device cuda; tensorrt-llm needs TensorRT-LLM and an H100 "
+    "or H200; onnx is portable.",
 )
 @click.option(
     "--max-batch-size", type=click.IntRange(1), help="Requests at once. Default: 4; tensorrt-llm: 32."
@@ -124,6 +125,7 @@ def _build_embedded(
         max_input_len=limits["max_input_len"],
         max_seq_len=limits["max_seq_len"],
         kv_cache_memory=given.get("kv_cache_memory"),
+        device=given.get("device", "cpu"),
         dtype=None if dtype == "auto" else dtype,
         quant=given.get("quant"),
         progress=_report,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from builder import int8, trtllm, writer
+from builder import fp8, int8, trtllm, writer
 from builder.checkpoint import Checkpoint
 from builder.errors import UserError
 from builder.storage import output_directory
@@ -24,7 +24,7 @@ from engines.embedded.step import BLOCK_SIZE, num_blocks
 from engines.manifest import Manifest
 
 DTYPES = ("float32", "bfloat16")
-INT8 = "int8"
+INT8, FP8 = "int8", "fp8"
 
 Report = Callable[[str], None]
 
@@ -37,6 +37,7 @@ def build(
     max_input_len: int | None = None,
     max_seq_len: int | None = None,
     kv_cache_memory: int | None = None,
+    device: str = "cpu",
     dtype: str | None = None,
     quant: str | None = None,
     progress: Report | None = None,
@@ -45,7 +46,7 @@ def build(
 
     Limits default to the model's max_position_embeddings and half of it; `dtype` to the checkpoint's.
     `kv_cache_memory` bounds a rank's KV cache in bytes; without it all requests at once have room.
-    `quant` "int8" keeps the matrices in 8 bits.
+    `device` is "cpu" or "cuda"; `quant` keeps the matrices in 8 bits: "int8" on a CPU, "fp8" on a GPU.
     Raises UserError for a checkpoint or limit that does not fit, no C++ compiler, a failed
     compilation, or an output that exists; nothing is left behind then.
     """
@@ -58,8 +59,8 @@ def build(
         )
     if checkpoint.quant_algo:
         raise UserError(
-            f"quant_algo: {checkpoint.quant_algo} in {checkpoint_dir}, the embedded engine has no FP8; "
-            "convert without --quant, or build with --backend tensorrt-llm"
+            f"quant_algo: {checkpoint.quant_algo} in {checkpoint_dir}, the embedded engine "
+            "quantises by itself; convert without --quant, or build with --backend tensorrt-llm"
         )
     if checkpoint.tp_size > 1 and checkpoint.architecture.has_linear:
         raise UserError(
@@ -78,10 +79,12 @@ def build(
         max_batch_size=max_batch_size,
         max_input_len=longest // 2 if max_input_len is None else max_input_len,
         max_seq_len=longest,
-        hardware=target.this_hardware(),
-        compiler=target.this_compiler(),
+        device=device,
+        hardware=target.this_hardware(device),
+        compiler=target.this_compiler(device),
     )
     manifest.check_limits()
+    target.check_device(manifest)
     manifest = replace(manifest, kv_cache_blocks=_kv_cache_blocks(manifest, kv_cache_memory))
     ranks = [_weights(checkpoint.rank(r), manifest) for r in range(checkpoint.tp_size)]
     num_bytes = sum(x.num_bytes for rank in ranks for x in rank.values())
@@ -114,14 +117,18 @@ def _engine_dtype(stored: str, wanted: str | None) -> str:
     dtype = wanted or stored
     if dtype not in DTYPES:
         whose = "asked for" if wanted else "of the checkpoint"
-        raise UserError(f"dtype: {dtype!r} {whose} is not one the CPU engine runs; give --dtype bfloat16")
+        raise UserError(
+            f"dtype: {dtype!r} {whose} is not one the embedded engine runs; give --dtype bfloat16"
+        )
     return dtype
 
 
 def _weights(rank: Checkpoint, manifest: Manifest) -> dict[str, Expression]:
     """A rank's tensors in the engine's precision."""
     tensors = rank.cast(manifest.dtype).decoder_tensors()
-    return int8.quantize(tensors) if manifest.quant == INT8 else tensors
+    if manifest.quant == INT8:
+        return int8.quantize(tensors)
+    return fp8.quantize_rows(tensors) if manifest.quant == FP8 else tensors
 
 
 def _write_weights(directory: Path, ranks: list[dict[str, Expression]], report: Report) -> None:
@@ -170,7 +177,7 @@ def _compiling(directory: Path, manifest: Manifest, report: Report) -> Iterator[
     """What no cache has, side by side; no compiler survives the block."""
     compilations: list[_Compilation] = []
     try:
-        for name in target.COMPILED:
+        for name in target.compiled(manifest.device):
             key = compiler.key(manifest, name)
             if cache.fetch(key, directory / name):
                 report(f"{name} taken from the cache")

@@ -21,8 +21,9 @@ _HERE = Path(__file__).parent
 _NATIVE = _HERE / "native"
 _KERNEL_SOURCES = (*sorted(_NATIVE.iterdir()), Path(__file__))
 _PROGRAM_SOURCES = (
-    *(_HERE / name for name in ("kernels.py", "model.py", "program.py", "step.py", "collectives.py")),
-    *(_HERE.parent.parent / "builder" / name for name in ("decoder.py", "rope.py")),
+    *(_HERE / f"{name}.py" for name in ("kernels", "operators", "plain", "model", "program", "target")),
+    *(_HERE / f"{name}.py" for name in ("step", "collectives", "cuda")),
+    *(_HERE.parent.parent / "builder" / f"{name}.py" for name in ("decoder", "rope", "fp8")),
 )
 
 
@@ -68,8 +69,17 @@ def key(manifest: Manifest, name: str) -> str:
     }
     if name != KERNELS:
         local = manifest.architecture.shard(manifest.tp_size)
-        names = ("dtype", "quant", "max_batch_size", "max_input_len", "max_seq_len", "kv_cache_blocks")
+        names = (
+            "device",
+            "dtype",
+            "quant",
+            "max_batch_size",
+            "max_input_len",
+            "max_seq_len",
+            "kv_cache_blocks",
+        )
         matters |= {n: getattr(manifest, n) for n in names}
+        matters["compute_capability"] = manifest.hardware.get("compute_capability")
         matters |= {"architecture": _shapes(local), "alone": manifest.tp_size == 1}
     return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()
 

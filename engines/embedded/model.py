@@ -1,71 +1,67 @@
 """One rank's decoder as the engine runs it: a decode step, and the prompt of one request.
 
-The weights have the names of `builder.decoder`, whose tensors these equal; a weight in int8 has its rows'
-scales beside it. K and V live in a pool of blocks of BLOCK_SIZE tokens, for each attention layer keys
+The weights have the names of `builder.decoder`, whose tensors these equal; a weight of 8 bits has its rows'
+scales beside it. What computes is `Numbers.operators`: the CPU's kernels, or plain torch for CUDA.
+
+K and V live in a pool of blocks of BLOCK_SIZE tokens, for each attention layer keys
 [num_blocks, kv heads, head_dim, BLOCK_SIZE] and values [num_blocks, kv heads, BLOCK_SIZE, head_dim].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from builder.architecture import FFN, Architecture, Attention
 from builder.decoder import Collective, RMSNorm, rope_frequencies
-from engines.embedded import kernels  # noqa: F401  defines the operators
+from engines.embedded.operators import Operators, Rotation
 from engines.embedded.step import BLOCK_SIZE
 
 Cache = list[Tensor]  # [keys, values] of each attention layer
-INT8 = "int8"
+INT8, FP8 = "int8", "fp8"
 SMALL_BATCH = 4  # up to here, products row by row are faster than tiles
 
-operators = torch.ops.ffn_fusion
+_WEIGHTS = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
     """How numbers are kept and multiplied.
 
-    `dtype` is that of activations, and of weights unless `quant` is "int8". `tiles` asks for kernels that are
-    made for batches of more than SMALL_BATCH.
+    `dtype` is that of activations, and of weights unless `quant` is "int8" or "fp8".
     """
 
     dtype: torch.dtype
     quant: str | None
-    tiles: bool
+    operators: Operators
+
+    @property
+    def of_lm_head(self) -> Numbers:
+        """FP8 leaves lm_head as it is, as `builder.quantization` does."""
+        return replace(self, quant=None) if self.quant == FP8 else self
 
 
 class Projection(nn.Module):
     """x times a weight, transposed; [B, columns] to [B, rows]."""
 
-    scale: Tensor | None
-    bias: Tensor | None
-
     def __init__(self, rows: int, columns: int, numbers: Numbers, bias: bool = False):
         super().__init__()
-        small = numbers.quant == INT8
-        self.tiles = numbers.tiles
-        kind = torch.int8 if small else numbers.dtype
-        self.register_buffer("weight", torch.empty(rows, columns, dtype=kind))
-        self.register_buffer("scale", torch.empty(rows) if small else None)
-        self.register_buffer("bias", torch.empty(rows, dtype=numbers.dtype) if bias else None)
-
-    weight: Tensor
+        self.operators = numbers.operators
+        kind = _WEIGHTS[numbers.quant] if numbers.quant else numbers.dtype
+        # Parameters, though no one trains them: AOTInductor copies buffers while it compiles.
+        self.weight = _constant(rows, columns, dtype=kind)
+        self.scale = _constant(rows, dtype=torch.float32) if numbers.quant else None
+        self.bias = _constant(rows, dtype=numbers.dtype) if bias else None
 
     def forward(self, x: Tensor, logits: bool = False) -> Tensor:
-        return operators.engine_linear(x, self.weight, self.scale, self.bias, self.tiles, logits)
+        return self.operators.linear(x, self.weight, self.scale, self.bias, logits)
 
 
-class Rotation:
-    """Angles of the tokens of one pass, float32 [B, head_dim / 2]."""
-
-    def __init__(self, positions: Tensor, frequencies: Tensor, magnitude: float) -> None:
-        angles = positions[:, None].float() * frequencies
-        self.cos, self.sin = angles.cos() * magnitude, angles.sin() * magnitude
+def _constant(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 class SelfAttention(nn.Module):
@@ -73,8 +69,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, architecture: Architecture, attention: Attention, numbers: Numbers):
         super().__init__()
-        self.heads, self.kv = architecture.num_attention_heads, attention.num_key_value_heads
-        rows = (self.heads + 2 * self.kv) * architecture.head_dim
+        self.operators, self.heads = numbers.operators, architecture.num_attention_heads
+        rows = (self.heads + 2 * attention.num_key_value_heads) * architecture.head_dim
         self.qkv = Projection(rows, architecture.hidden_size, numbers, attention.bias)
         self.o = Projection(architecture.hidden_size, architecture.q_size, numbers)
 
@@ -82,19 +78,17 @@ class SelfAttention(nn.Module):
         self, x: Tensor, rotation: Rotation, cache: Cache, tables: Tensor, positions: Tensor
     ) -> Tensor:
         """One token of each of B requests over all its tokens so far."""
-        mixed = operators.engine_attention(
-            self.qkv(x), rotation.cos, rotation.sin, *cache, tables, positions, self.heads
+        keys, values = cache
+        return self.o(
+            self.operators.decode_attention(
+                self.qkv(x), rotation, keys, values, tables, positions, self.heads
+            )
         )
-        return self.o(mixed)
 
     def prefill(self, x: Tensor, rotation: Rotation, cache: Cache, table: Tensor) -> Tensor:
         """The T tokens of one prompt over each other."""
-        stored = operators.engine_store_prompt(
-            self.qkv(x), rotation.cos, rotation.sin, *cache, table, self.heads
-        )
-        q, k, v = (part[None] for part in stored.split([self.heads, self.kv, self.kv]))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads > self.kv)
-        return self.o(mixed[0].transpose(0, 1).reshape(x.shape[0], -1))
+        keys, values = cache
+        return self.o(self.operators.prompt_attention(self.qkv(x), rotation, keys, values, table, self.heads))
 
 
 class FeedForward(nn.Module):
@@ -102,13 +96,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, ffn: FFN, numbers: Numbers) -> None:
         super().__init__()
+        self.operators = numbers.operators
         self.gate = Projection(ffn.intermediate_size, hidden_size, numbers)
         self.up = Projection(ffn.intermediate_size, hidden_size, numbers)
         self.down = Projection(hidden_size, ffn.intermediate_size, numbers)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate, self.up
-        return self.down(operators.engine_swiglu(x, gate.weight, up.weight, gate.scale, up.scale, up.tiles))
+        return self.down(self.operators.swiglu(x, gate.weight, up.weight, gate.scale, up.scale))
 
 
 Attend = Callable[[SelfAttention, Tensor], Tensor]  # an attention and its input [B, hidden_size]
@@ -184,16 +179,19 @@ class EngineDecoder(nn.Module):
             Block(architecture, i, numbers, all_reduce) for i in range(len(architecture.layers))
         )
         self.norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
-        self.lm_head = Projection(architecture.lm_head_size, architecture.hidden_size, numbers)
+        self.lm_head = Projection(architecture.lm_head_size, architecture.hidden_size, numbers.of_lm_head)
         frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
         for module in self.modules():
             if isinstance(module, RMSNorm):
-                module.to(numbers.dtype)
+                module.weight = nn.Parameter(module.weight.detach().to(numbers.dtype))
         self.eval().requires_grad_(False)
 
     def rotation(self, positions: Tensor) -> Rotation:
-        return Rotation(positions, self.rope_frequencies, self.architecture.rope.magnitude)
+        """Angles of tokens at `positions` [B]."""
+        angles = positions.unsqueeze(1).float() * self.rope_frequencies
+        magnitude = self.architecture.rope.magnitude
+        return Rotation(cos=angles.cos() * magnitude, sin=angles.sin() * magnitude)
 
     def hidden(self, tokens: Tensor, attend: Attend) -> Tensor:
         """[B, hidden_size] after the last norm."""
@@ -224,12 +222,12 @@ class Prefill(EngineDecoder):
 
     def forward(self, tokens: Tensor, table: Tensor, cache: Cache) -> Tensor:
         """Float32 logits [1, lm_head_size] after the prompt `tokens` [T], kept in the blocks `table`."""
-        rotation, pairs = self.rotation(torch.arange(tokens.shape[0])), _pairs(cache)
+        rotation, pairs = self.rotation(torch.arange(tokens.shape[0], device=tokens.device)), _pairs(cache)
 
         def attend(attention: SelfAttention, x: Tensor) -> Tensor:
             return attention.prefill(x, rotation, next(pairs), table)
 
-        return self.lm_head(self.hidden(tokens, attend)[-1:], True)
+        return self.lm_head(self.hidden(tokens, attend).narrow(0, tokens.shape[0] - 1, 1), True)
 
 
 def _pairs(cache: Cache) -> Iterator[Cache]:
@@ -237,14 +235,17 @@ def _pairs(cache: Cache) -> Iterator[Cache]:
     return (cache[i : i + 2] for i in range(0, len(cache), 2))
 
 
-PROGRAMS = {"decode": Decode, "prefill": Prefill}
+# decode1 is a decode step of one request, which CUDA compiles by itself.
+PROGRAMS = {"decode": Decode, "decode1": Decode, "prefill": Prefill}
 
 
-def new_cache(architecture: Architecture, num_blocks: int, dtype: torch.dtype) -> Cache:
+def new_cache(
+    architecture: Architecture, num_blocks: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Cache:
     """An empty pool for a rank's share of the heads."""
     size = architecture.head_dim
     return [
-        torch.zeros(num_blocks, layer.num_key_value_heads, *shape, dtype=dtype)
+        torch.zeros(num_blocks, layer.num_key_value_heads, *shape, dtype=dtype, device=device)
         for layer in architecture.layers
         if layer.num_key_value_heads
         for shape in ((size, BLOCK_SIZE), (BLOCK_SIZE, size))

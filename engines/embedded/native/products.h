@@ -202,14 +202,11 @@ class TileProduct {
   TileProduct(const BF16* x, long batch, long columns)
       : columns_(columns), steps_(columns / 32), groups_((batch + 15) / 16) {
     static thread_local std::vector<uint32_t>
-        packed;  // of the thread that begins the product; others read it
-    packed.resize(std::max<size_t>(packed.size(), steps_ * groups_ * 256));
-    packed_ = packed.data();
-    for (long m = 0; m < batch; m++)
-      for (long k = 0; k < columns; k += 2) {
-        const long at = ((m / 16 * steps_ + k / 32) * 16 + k % 32 / 2) * 16 + m % 16;
-        std::memcpy(&packed[at], x + m * columns + k, 4);
-      }
+        room;  // of the thread that begins a product; the others read it
+    room.resize(std::max<size_t>(room.size(), steps_ * groups_ * 256));
+    packed_ = room.data();
+#pragma omp parallel for if (batch > 1 && steps_ * groups_ >= 64)
+    for (long tile = 0; tile < steps_ * groups_; tile++) pack(x, batch, tile);
   }
 
   template <class Weight>
@@ -226,6 +223,15 @@ class TileProduct {
   }
 
  private:
+  // Tile B of 32 columns of 16 vectors: pairs of columns of each vector below one another.
+  void pack(const BF16* x, long batch, long tile) const {
+    const long first = tile / steps_ * 16, column = tile % steps_ * 32;
+    uint32_t* const out = packed_ + tile * 256;
+    for (long m = first; m < std::min(batch, first + 16); m++)
+      for (long pair = 0; pair < 16; pair++)
+        std::memcpy(out + pair * 16 + m - first, x + m * columns_ + column + 2 * pair, 4);
+  }
+
   static void configure(long vectors) {
     TileConfig config;
     for (int i = 0; i < 6; i++) {
@@ -297,7 +303,7 @@ class TileProduct {
   }
 
   long columns_, steps_, groups_;
-  const uint32_t* packed_;
+  uint32_t* packed_;
 };
 
 #endif
