@@ -59,6 +59,11 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @_sampling_options
 @click.option("--stop-words", multiple=True, metavar="TEXT", help="The text ends after it; repeatable.")
 @click.option("--bad-words", multiple=True, metavar="TEXT", help="Never said; repeatable.")
+@click.option(
+    "--hosts",
+    metavar="A:N,B:N",
+    help="Where ranks run, this host first. Default: all here.",
+)
 @click.option("--log-probs", is_flag=True, help="With --json: the log-probability of each token.")
 @JSON
 def generate(
@@ -67,6 +72,7 @@ def generate(
     prompt: str,
     stop_words: tuple[str, ...],
     bad_words: tuple[str, ...],
+    hosts: str | None,
     log_probs: bool,
     as_json: bool,
     **sampling: Any,
@@ -93,7 +99,7 @@ def generate(
     )
     pieces, outputs = [], []
     try:
-        with Session(engine) as session:
+        with Session(engine, hosts=hosts.split(",") if hosts else ()) as session:
             for output in session.generate(request):
                 outputs.append(output)
                 pieces.append(text.push(output.token_ids, output.finish_reason is not None))

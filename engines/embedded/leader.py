@@ -67,7 +67,7 @@ def follow(runtime: Runtime, communicator: Communicator) -> None:
 
 def serve(engine: Path, communicator: Communicator, connection: Connection | None) -> None:
     """Load this rank and work until the session ends."""
-    torch.set_num_threads(max(1, hardware.cores() // communicator.size))
+    torch.set_num_threads(max(1, hardware.cores() // communicator.local_size))
     torch.set_grad_enabled(False)
     runtime = Runtime(engine, communicator)
     pids = communicator.gather_pids()

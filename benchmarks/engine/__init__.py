@@ -1,0 +1,1 @@
+"""Our embedded engine beside others on the same weights: `python -m benchmarks.engine`."""
