@@ -75,7 +75,7 @@ _EMBEDDED: dict[str, tuple[Any, str]] = {
 }
 _SHORT = {"tp-size": "--tp", "pp-size": "--pp"}
 _FLAGS = ("without_nvlink", "dry_run")  # False where they were not given
-WHOSE = {"tensorrt-llm": _LIMITS, "trtllm-build": _ENGINE, "PyTorch backend": _PYTORCH, "embedded": _EMBEDDED}
+WHOSE = {"embedded": _EMBEDDED, "tensorrt-llm": _LIMITS, "trtllm-build": _ENGINE, "PyTorch backend": _PYTORCH}
 
 
 def _name(flag: str) -> str:
