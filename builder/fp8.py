@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from builder.arithmetic import widen
-from builder.errors import UserError
 from builder.tensors import FP8, NUMPY_DTYPES, Array, Expression, Same, bands, scratch
 
 FP8_MAX = 448.0  # the largest e4m3 number
@@ -69,60 +67,3 @@ def absolute_maximum(x: Expression) -> float:
             if np.isnan(largest):
                 return largest
     return largest
-
-
-@dataclass(frozen=True)
-class QuantizeRows(Same):
-    """x / its row's scale in e4m3, rounded to nearest even."""
-
-    x: Expression
-
-    dtype = FP8
-
-    def fill(self, out: Array, row: int, column: int) -> None:
-        for band, rows in _whole_rows(self.x, out.shape[0], row):
-            np.divide(rows, _row_scales(rows)[:, None], out=rows)
-            np.clip(rows, -FP8_MAX, FP8_MAX, out=rows)
-            out[band] = rows[:, column : column + out.shape[1]].astype(NUMPY_DTYPES[FP8])
-
-
-@dataclass(frozen=True)
-class RowScales(Same):
-    """The scale of each row of x, its largest magnitude over 448, float32 [rows]; 1 for a row of zeros."""
-
-    x: Expression
-
-    dtype = "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.x.shape[:1]
-
-    def fill(self, out: Array, row: int, column: int) -> None:
-        for band, rows in _whole_rows(self.x, out.shape[0], row):
-            out[band, 0] = _row_scales(rows)
-
-
-def _whole_rows(x: Expression, count: int, first: int) -> Iterator[tuple[slice, Array]]:
-    """Rows first..first + count in float32, in bands."""
-    for band in bands(count, 4 * x.columns):
-        with scratch.borrow((band.stop - band.start, x.columns), "float32") as rows:
-            widen(x, rows, first + band.start, 0)
-            yield band, rows
-
-
-def _row_scales(rows: Array) -> Array:
-    largest = np.abs(rows).max(axis=1)
-    if not np.isfinite(largest).all():
-        raise UserError("holds a number that is not finite, which FP8 cannot scale; repair the model")
-    return np.where(largest > 0, largest / np.float32(FP8_MAX), np.float32(1))
-
-
-def quantize_rows(tensors: Mapping[str, Expression]) -> dict[str, Expression]:
-    """Every matrix but embedding and lm_head in e4m3, with NAME.scale beside NAME.weight."""
-    smaller: dict[str, Expression] = dict(tensors)
-    for name, x in tensors.items():
-        if len(x.shape) == 2 and not name.startswith(("embedding.", "lm_head.")):
-            smaller[name] = QuantizeRows(x)
-            smaller[name.removesuffix("weight") + "scale"] = RowScales(x)
-    return smaller

@@ -23,6 +23,7 @@ LAUNCHERS = (
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
 ALLOCATION = "allocation"
+SHARED_MEMORY = "OMPI_MCA_btl_sm_backing_directory"
 
 # What Open MPI 5's mpirun says of the rank or daemon that ended first; it breaks lines anywhere.
 _SIGNALLED = re.compile(r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)")
@@ -121,6 +122,11 @@ def _is_own(family: int, address: str | int) -> bool:
 def own_directory(pid: int) -> Path:
     """Where Open MPI 5's mpirun of that process id keeps its files; it removes them unless it is killed."""
     return Path(tempfile.gettempdir()) / f"ompi.{pid}"
+
+
+def shared_memory_directory() -> str | None:
+    """Where Open MPI keeps shared memory; None where /dev/shm is not there."""
+    return os.environ.get(SHARED_MEMORY) or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
 
 
 def remove_shared_memory() -> None:

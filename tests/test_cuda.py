@@ -19,7 +19,7 @@ from conftest import random_checkpoint
 from standin import StandIn
 from torch import Tensor
 
-from builder import decoder, fp8, trtllm
+from builder import decoder, rows, trtllm
 from builder.architecture import FFN, Architecture, Attention, Layer
 from builder.errors import UserError
 from builder.rope import Rope
@@ -250,7 +250,7 @@ def test_rows_in_e4m3() -> None:
     """Scales are rows' largest magnitudes over 448; numbers round as torch rounds them."""
     values = np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
     values[3] = 0
-    small = fp8.quantize_rows({"layers.0.ffn.up.weight": Constant(values, "float32")})
+    small = rows.quantize({"layers.0.ffn.up.weight": Constant(values, "float32")}, FP8)
     scale = decoder.to_tensor(small["layers.0.ffn.up.scale"])
     assert torch.equal(
         scale, torch.from_numpy(np.where(values.any(1), abs(values).max(1) / np.float32(448), 1))
@@ -266,9 +266,9 @@ def test_rows_in_e4m3() -> None:
 def test_what_fp8_leaves_and_refuses() -> None:
     values = Constant(np.full((16, 16), np.nan, np.float32), "float32")
     kept = dict.fromkeys(("embedding.weight", "lm_head.weight"), values)
-    assert fp8.quantize_rows(kept) == kept
+    assert rows.quantize(kept, FP8) == kept
     with pytest.raises(UserError, match="not finite"):
-        fp8.quantize_rows({"layers.0.ffn.up.weight": values})["layers.0.ffn.up.scale"].read_all()
+        rows.quantize({"layers.0.ffn.up.weight": values}, FP8)["layers.0.ffn.up.scale"].read_all()
 
 
 def test_products_of_8_bits_are_close() -> None:
@@ -295,7 +295,7 @@ def test_fp8_logits_are_close(on_cuda: Manifest) -> None:
     tensors = checkpoint.decoder_tensors()
     whole = replace(on_cuda, architecture=checkpoint.architecture, dtype="bfloat16", kv_cache_blocks=8)
     results = []
-    for quant, kept in ((None, tensors), ("fp8", fp8.quantize_rows(tensors))):
+    for quant, kept in ((None, tensors), ("fp8", rows.quantize(tensors, FP8))):
         loaded = {name: in_bfloat16(name, x) for name, x in kept.items()}
         here = replace(whole, quant=quant)
         cache = pool(here)

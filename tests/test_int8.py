@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from conftest import TEXT, random_checkpoint
 
-from builder import decoder, int8, trtllm
+from builder import decoder, rows, trtllm
 from builder.errors import UserError
 from builder.evaluation import logits_of, quality
 from builder.tensorfile import read_header
-from builder.tensors import Constant, Expression
+from builder.tensors import INT8, Constant, Expression
 from engines.embedded import quality as costs
 from engines.embedded.collectives import Alone
 from engines.embedded.runtime import Runtime
@@ -32,18 +32,18 @@ def matrix(rows: int, columns: int, dtype: str = "float32") -> Constant:
 
 def test_numbers_and_scales() -> None:
     x = matrix(300, 5000)  # several bands of rows
-    values, scales = int8.Quantize(x).read_all(), int8.Scales(x).read_all()
+    values, scales = rows.QuantizeRows(x, INT8).read_all(), rows.RowScales(x, INT8).read_all()
     expected = np.abs(x.values).max(1) / np.float32(127)
     expected[150] = 1
     np.testing.assert_array_equal(scales, expected)
     np.testing.assert_array_equal(values, np.rint(x.values / expected[:, None]).astype(np.int8))
     assert np.abs(values).max() == 127
-    back = int8.ScaleRows(int8.Quantize(x), int8.Scales(x)).read_all()
+    back = rows.ScaleRows(rows.QuantizeRows(x, INT8), rows.RowScales(x, INT8)).read_all()
     assert (np.abs(back - x.values) <= 0.5001 * expected[:, None]).all()
 
 
 def test_windows_are_parts_of_the_whole() -> None:
-    x = int8.Quantize(matrix(40, 60))
+    x = rows.QuantizeRows(matrix(40, 60), INT8)
     window = np.empty((7, 11), np.int8)
     x.fill(window, 13, 29)
     np.testing.assert_array_equal(window, x.read_all()[13:20, 29:40])
@@ -54,7 +54,7 @@ def test_numbers_that_no_scale_fits_are_refused(wrong: float) -> None:
     x = matrix(4, 4)
     x.values[1, 2] = wrong
     with pytest.raises(UserError, match="not finite"):
-        int8.Quantize(x).read_all()
+        rows.QuantizeRows(x, INT8).read_all()
 
 
 def test_the_embedding_and_vectors_stay() -> None:
@@ -63,7 +63,7 @@ def test_the_embedding_and_vectors_stay() -> None:
         "norm.weight": Constant(np.ones(4, np.float32), "float32"),
         "lm_head.weight": matrix(8, 4),
     }
-    assert {n: x.dtype for n, x in int8.quantize(tensors).items()} == {
+    assert {n: x.dtype for n, x in rows.quantize(tensors, INT8).items()} == {
         "embedding.weight": "float32",
         "norm.weight": "float32",
         "lm_head.weight": "int8",
@@ -100,7 +100,7 @@ def test_the_engine_computes_with_what_it_stores(built: tuple[Path, Path, dict])
         "float32",
     }
     model = decoder.load(trtllm.read(checkpoint).rank(0))
-    weights = {n: decoder.to_tensor(x) for n, x in int8.dequantize(stored).items()}
+    weights = {n: decoder.to_tensor(x) for n, x in rows.dequantize(stored).items()}
     model.load_state_dict(weights, strict=True)
     runtime, prompt = Runtime(engine, Alone()), tuple(range(5, 75))
     first, then = runtime.prefill(2, (6, 7), prompt), runtime.decode((2,), (9,), (70,))
@@ -132,7 +132,7 @@ def test_the_cost_on_text(built: tuple[Path, Path, dict], tiny_hf: Path, tmp_pat
     whole = trtllm.read(checkpoint).rank(0)
     parent = logits_of(whole, windows)
     model = decoder.load(whole)
-    stored = int8.dequantize(read_header(engine / "rank0.safetensors"))
+    stored = rows.dequantize(read_header(engine / "rank0.safetensors"))
     model.load_state_dict({n: decoder.to_tensor(x) for n, x in stored.items()})
     positions = torch.arange(windows.shape[1] - 1).expand(len(windows), -1)
     expected = quality(model(windows[:, :-1], positions).log_softmax(-1), windows, parent)
@@ -172,5 +172,5 @@ def test_wrong_use(tiny_checkpoint: Path, tmp_path: Path, options: list[str], wo
 def test_random_models_of_every_kind_of_layer_can_be_quantised(tiny_checkpoint: Path) -> None:
     architecture = trtllm.read(tiny_checkpoint).architecture
     tensors = random_checkpoint(architecture).decoder_tensors()
-    smaller = int8.quantize(tensors)
-    assert set(int8.dequantize(smaller)) == set(tensors)
+    smaller = rows.quantize(tensors, INT8)
+    assert set(rows.dequantize(smaller)) == set(tensors)

@@ -93,7 +93,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_test_ranks")
     monkeypatch.setenv("TMPDIR", str(directory))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setenv("OMPI_MCA_btl_sm_backing_directory", str(directory))
+    monkeypatch.setenv(mpi.SHARED_MEMORY, str(directory))
     yield directory
     within(5, lambda: not [*processes(directory), *directory.iterdir()])
     assert processes(directory) == []
@@ -165,7 +165,7 @@ def is_rank(pid: int, rank: int | None = None) -> bool:
 
 def segments(directory: Path) -> list[Path]:
     """Open MPI's shared memory."""
-    return list(directory.glob("sm_segment.*"))
+    return list(directory.rglob("sm_segment.*"))
 
 
 def mpirun_of(directory: Path) -> int:

@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from builder import fp8, int8, trtllm, writer
+from builder import rows, trtllm, writer
 from builder.checkpoint import Checkpoint
 from builder.errors import UserError
 from builder.storage import output_directory
-from builder.tensors import Expression
+from builder.tensors import FP8, INT8, Expression
 from engines.embedded import cache, compiler, target
 from engines.embedded.process import child_environment, package_root
 from engines.embedded.step import BLOCK_SIZE, num_blocks
 from engines.manifest import Manifest
 
 DTYPES = ("float32", "bfloat16")
-INT8, FP8 = "int8", "fp8"
+SMALL = {"int8": INT8, "fp8": FP8}  # what `quant` makes of matrices
 
 Report = Callable[[str], None]
 
@@ -126,9 +126,7 @@ def _engine_dtype(stored: str, wanted: str | None) -> str:
 def _weights(rank: Checkpoint, manifest: Manifest) -> dict[str, Expression]:
     """A rank's tensors in the engine's precision."""
     tensors = rank.cast(manifest.dtype).decoder_tensors()
-    if manifest.quant == INT8:
-        return int8.quantize(tensors)
-    return fp8.quantize_rows(tensors) if manifest.quant == FP8 else tensors
+    return rows.quantize(tensors, SMALL[manifest.quant]) if manifest.quant else tensors
 
 
 def _write_weights(directory: Path, ranks: list[dict[str, Expression]], report: Report) -> None:

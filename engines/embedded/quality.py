@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from builder import int8, trtllm
+from builder import rows, trtllm
 from builder.architecture import Architecture
 from builder.calibration import read_ids
 from builder.decoder import (
@@ -92,7 +92,7 @@ def cost(checkpoint_dir: Path, engine: Path, windows: Tensor, *, own: bool, step
     manifest, checkpoint = read(engine), trtllm.read(checkpoint_dir)
     ranks = range(manifest.tp_size)
     parent = [checkpoint.rank(r).cast(manifest.dtype).decoder_tensors() for r in ranks]
-    stored = [int8.dequantize(read_header(engine / f"rank{r}.safetensors")) for r in ranks]
+    stored = [rows.dequantize(read_header(engine / f"rank{r}.safetensors")) for r in ranks]
     return compare(manifest.architecture.shard(manifest.tp_size), parent, stored, windows, own=own, step=step)
 
 

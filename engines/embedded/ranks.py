@@ -61,7 +61,11 @@ class Ranks:
         self._connection: socket.socket | None = None
         command = _command(tp_size, hosts)
         self._alone = "--mca" not in command
-        self._directory = tempfile.mkdtemp(prefix="ffn-fusion-")  # only this user may enter
+        base = None if self._alone else mpi.shared_memory_directory()
+        self._directory = tempfile.mkdtemp(prefix="ffn-fusion-", dir=base)  # only this user may enter
+        environment = mpi.inner_environment()
+        if "self,sm" in command:  # the ranks' segments, whose names nobody knows, go with the directory
+            environment[mpi.SHARED_MEMORY] = self._directory
         self._path = str(Path(self._directory) / "socket")
         self._listener = socket.socket(socket.AF_UNIX)
         try:
@@ -73,7 +77,7 @@ class Ranks:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=package_root(),
-                env=mpi.inner_environment(),
+                env=environment,
                 start_new_session=True,
             )
         except BaseException as error:

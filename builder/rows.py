@@ -1,6 +1,6 @@
-"""INT8 weights with one scale a row: what a weight-only engine reads from memory.
+"""8-bit weights with one scale a row: what a weight-only engine reads from memory.
 
-A row's scale is its largest magnitude over 127, so the error of a weight is at most half a scale.
+A row's scale is its largest magnitude over the largest number of the dtype: 127 of INT8, 448 of e4m3.
 """
 
 from __future__ import annotations
@@ -12,31 +12,40 @@ import numpy as np
 
 from builder.arithmetic import widen
 from builder.errors import UserError
-from builder.tensors import INT8, Array, Expression, Same, bands, scratch
+from builder.fp8 import FP8_MAX
+from builder.tensors import FP8, INT8, NUMPY_DTYPES, Array, Expression, Same, bands, scratch
 
-LARGEST = 127.0
+LARGEST = {INT8: 127.0, FP8: FP8_MAX}
+WHOLE = {INT8: ("embedding.",), FP8: ("embedding.", "lm_head.")}  # what keeps its dtype
 
 
 @dataclass(frozen=True)
-class Quantize(Same):
-    """x / its row's scale, rounded to the nearest, ties to even."""
+class QuantizeRows(Same):
+    """x / its row's scale in `small`, rounded to the nearest, ties to even."""
 
     x: Expression
+    small: str
 
-    dtype = INT8
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.small
 
     def fill(self, out: Array, row: int, column: int) -> None:
+        largest = LARGEST[self.small]
         for band, rows in _rows(self.x, out.shape[0], row):
-            scales = _scales(rows)[:, None]
-            np.rint(np.divide(rows, scales, out=rows), out=rows)
-            out[band] = rows[:, column : column + out.shape[1]]
+            np.divide(rows, _scales(rows, self.small)[:, None], out=rows)
+            np.clip(rows, -largest, largest, out=rows)
+            if self.small == INT8:
+                np.rint(rows, out=rows)
+            out[band] = rows[:, column : column + out.shape[1]].astype(NUMPY_DTYPES[self.small])
 
 
 @dataclass(frozen=True)
-class Scales(Same):
+class RowScales(Same):
     """The scale of each row of x, float32 [rows]; 1 for a row of zeros."""
 
     x: Expression
+    small: str
 
     dtype = "float32"
 
@@ -46,7 +55,7 @@ class Scales(Same):
 
     def fill(self, out: Array, row: int, column: int) -> None:
         for band, rows in _rows(self.x, out.shape[0], row):
-            out[band, 0] = _scales(rows)
+            out[band, 0] = _scales(rows, self.small)
 
 
 @dataclass(frozen=True)
@@ -71,20 +80,20 @@ def _rows(x: Expression, count: int, first: int) -> Iterator[tuple[slice, Array]
             yield band, rows
 
 
-def _scales(rows: Array) -> Array:
+def _scales(rows: Array, small: str) -> Array:
     largest = np.abs(rows).max(axis=1)
     if not np.isfinite(largest).all():
-        raise UserError("holds a number that is not finite, which INT8 cannot scale; repair the model")
-    return np.where(largest > 0, largest / np.float32(LARGEST), np.float32(1))
+        raise UserError(f"holds a number that is not finite, which no {small} can be; repair the model")
+    return np.where(largest > 0, largest / np.float32(LARGEST[small]), np.float32(1))
 
 
-def quantize(tensors: Mapping[str, Expression]) -> dict[str, Expression]:
-    """Every matrix but the embedding in INT8, with NAME.scale beside NAME.weight."""
+def quantize(tensors: Mapping[str, Expression], small: str) -> dict[str, Expression]:
+    """Every matrix but those of WHOLE in `small`, "int8" or e4m3, with NAME.scale beside NAME.weight."""
     smaller: dict[str, Expression] = dict(tensors)
     for name, x in tensors.items():
-        if len(x.shape) == 2 and not name.startswith("embedding."):
-            smaller[name] = Quantize(x)
-            smaller[name.removesuffix("weight") + "scale"] = Scales(x)
+        if len(x.shape) == 2 and not name.startswith(WHOLE[small]):
+            smaller[name] = QuantizeRows(x, small)
+            smaller[name.removesuffix("weight") + "scale"] = RowScales(x, small)
     return smaller
 
 
