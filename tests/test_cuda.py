@@ -210,12 +210,12 @@ def test_compiled_program_takes_any_batch_and_width(
     """The program of a GPU, traced with weights that have no memory, compiled for the CPU."""
     compiled = _compile_here(on_cuda, "decode", tmp_path / "decode.pt2", weights)
     module = eager(on_cuda, "decode", weights)
-    for rows, width in ((1, 1), (2, 3), (4, 2)):
+    for batch, width in ((1, 1), (2, 3), (4, 2)):
         cache, other = filled(on_cuda, weights), filled(on_cuda, weights)
         inputs = (
-            torch.arange(1, rows + 1),
-            torch.arange(rows) * (20 * width),
-            torch.arange(rows * width).view(rows, width) % 12,
+            torch.arange(1, batch + 1),
+            torch.arange(batch) * (20 * width),
+            torch.arange(batch * width).view(batch, width) % 12,
         )
         got = compiled([*inputs, *cache])
         torch.testing.assert_close(got, module(*inputs, other), rtol=1e-5, atol=2e-5)

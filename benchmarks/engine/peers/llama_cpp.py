@@ -11,6 +11,8 @@ import numpy as np
 from benchmarks.engine.channel import Engine, Job, Trace, serve
 from benchmarks.engine.peers import gguf_file
 
+# Its tile configuration faults as GCC compiles it: ggml-org/llama.cpp pull request 26954.
+NO_AMX = "without its AMX kernels, which crash"
 Item = tuple[int, int, int, bool]  # token, position, sequence, whether its logits are wanted
 
 
@@ -28,15 +30,20 @@ class LlamaCpp(Engine):
     def load(self, job: Job) -> dict[str, Any]:
         self.job = job
         llama_cpp.llama_backend_init()
+        instructions = llama_cpp.llama_print_system_info().decode().strip()
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = not (job.precision == "int8" and "AMX_INT8 = 1" in instructions)
         file = str(Path(job.work) / "model.gguf").encode()
-        self.model = llama_cpp.llama_model_load_from_file(file, llama_cpp.llama_model_default_params())
+        self.model = llama_cpp.llama_model_load_from_file(file, params)
         if not self.model:
             raise RuntimeError("llama.cpp cannot load the GGUF")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(job.batch * job.prompt, 0, 1)
-        instructions = llama_cpp.llama_print_system_info().decode().strip()
-        weights = gguf_file.TYPES[job.precision].name
-        return {"settings": f"GGUF {weights}, KV cache F16; {instructions}"}
+        cache = "F32, no flash attention" if job.precision == "fp32" else "F16"
+        amx = "" if params.use_extra_bufts else f"; {NO_AMX}"
+        return {
+            "settings": f"GGUF {gguf_file.TYPES[job.precision].name}, KV cache {cache}{amx}; {instructions}"
+        }
 
     def _new_context(self, sequences: int) -> None:
         if self.context is not None:
@@ -46,6 +53,9 @@ class LlamaCpp(Engine):
         params.n_batch = sequences * self.job.prompt
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = self.job.threads
+        if self.job.precision == "fp32":  # else it computes attention in float16, and other tokens follow
+            params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError("llama.cpp cannot make a context")
