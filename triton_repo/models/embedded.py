@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,7 @@ NEUTRAL = {
     "return_num_output_tokens": (False,),
     "exclude_input_in_output": (True,),
 }
+HOSTS = "FFN_FUSION_HOSTS"  # a:2,b:2 puts ranks there; the server's own host comes first
 PREFIX = 16  # tokens before the new ones that postprocessing needs to decode them
 THREADS = 256  # requests in flight; the engine itself runs max_batch_size of them at once
 
@@ -146,7 +148,8 @@ class TritonPythonModel:
         self.by_id: dict[str, Running] = {}
 
     def open_session(self, engine: Path) -> Session:
-        return Session(engine)
+        hosts = os.environ.get(HOSTS)
+        return Session(engine, hosts=tuple(hosts.split(",")) if hosts else ())
 
     def finalize(self) -> None:
         self.watcher.close()
