@@ -574,9 +574,9 @@ def test_the_command(plain: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--gemm-plugin", "auto"), 2, "--gemm-plugin belongs to --backend tensorrt-llm"),
-        (("--dry-run",), 2, "--dry-run belongs to --backend tensorrt-llm"),
-        (("--tp", "2"), 2, "--tp belongs to --backend tensorrt-llm"),
+        (("--gemm-plugin", "auto"), 2, "--gemm-plugin is not for --backend onnx"),
+        (("--dry-run",), 2, "--dry-run is not for --backend onnx"),
+        (("--tp", "2"), 2, "--tp is not for --backend onnx"),
         (("--max-seq-len", "300"), 1, "max_seq_len: 300"),
     ],
 )
