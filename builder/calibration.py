@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from builder import tokenizer
 from builder.architecture import Architecture
 from builder.checkpoint import Checkpoint
 from builder.decoder import (
@@ -24,21 +23,8 @@ from builder.errors import UserError
 from builder.evaluation import token_windows
 from builder.quantization import INPUTS, KV
 from builder.tensors import Expression
+from builder.text import read_ids
 from builder.writer import Progress
-
-
-def read_ids(tokenizer_dir: Path, files: list[Path]) -> list[int]:
-    """The tokens of text files, one after the other. Raises UserError where a file cannot be read."""
-    texts = []
-    for file in files:
-        try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    encoder = tokenizer.load(tokenizer_dir)
-    return [token for text in texts for token in encoder.encode(text, add_special_tokens=False).ids]
 
 
 def read_windows(model: Path, files: list[Path], samples: int, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -38,10 +39,18 @@ def free_memory() -> int:
     info = Path("/proc/meminfo").read_text(encoding="utf-8")
     found = re.search(r"MemAvailable:\s+(\d+) kB", info)
     free = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(0, free)
+    return int(max(0, min(free, _free_in_group(Path("/sys/fs/cgroup")))))
+
+
+def _free_in_group(group: Path) -> float:
+    """Bytes up to a cgroup v2's limit; cached files can go, engines' mapped weights among them."""
+    limit, used, stat = (group / name for name in ("memory.max", "memory.current", "memory.stat"))
+    if not (limit.is_file() and used.is_file()) or limit.read_text().strip() == "max":
+        return math.inf
+    lines = stat.read_text().splitlines() if stat.is_file() else []
+    fields = {name: int(count) for name, count in map(str.split, lines)}
+    cached = fields.get("active_file", 0) + fields.get("inactive_file", 0)
+    return int(limit.read_text()) - int(used.read_text()) + cached
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from builder.errors import UserError
 from engines import logged
-from engines.embedded.process import child_environment
+from engines.mpi import inner_environment
 from triton_repo.client import Endpoint
 from triton_repo.compare import Comparison, assemble, enough, interleave, settings
 from triton_repo.rounds import SIDES, AnyRound, RecordedRound
@@ -106,7 +106,7 @@ def run(
         output=directory,
     )
     # Offline, transformers takes the tokenizer's directory for the name of a repository.
-    environment = {k: v for k, v in child_environment().items() if k != "HF_HUB_OFFLINE"}
+    environment = {k: v for k, v in inner_environment().items() if k != "HF_HUB_OFFLINE"}
     code = logged.run([str(find()), *words], log, environment)
     if not (directory / RECORDS).is_file():
         raise UserError(f"aiperf: {logged.last_words(log, code)}; the log is {log}")

@@ -64,6 +64,13 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar="A:N,B:N",
     help="Where ranks run, this host first. Default: all here.",
 )
+@click.option(
+    "--step-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    help="Seconds without a step after which the engine is killed.",
+)
 @click.option("--log-probs", is_flag=True, help="With --json: the log-probability of each token.")
 @JSON
 def generate(
@@ -73,6 +80,7 @@ def generate(
     stop_words: tuple[str, ...],
     bad_words: tuple[str, ...],
     hosts: str | None,
+    step_timeout: float,
     log_probs: bool,
     as_json: bool,
     **sampling: Any,
@@ -99,7 +107,8 @@ def generate(
     )
     pieces, outputs = [], []
     try:
-        with Session(engine, hosts=hosts.split(",") if hosts else ()) as session:
+        placed = hosts.split(",") if hosts else ()
+        with Session(engine, hosts=placed, step_timeout_s=step_timeout) as session:
             for output in session.generate(request):
                 outputs.append(output)
                 pieces.append(text.push(output.token_ids, output.finish_reason is not None))

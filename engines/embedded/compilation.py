@@ -19,9 +19,10 @@ from builder.errors import UserError
 from builder.storage import output_directory
 from builder.tensors import FP8, INT8, Expression
 from engines.embedded import cache, compiler, target
-from engines.embedded.process import child_environment, package_root
+from engines.embedded.process import package_root
 from engines.embedded.step import BLOCK_SIZE, num_blocks
 from engines.manifest import Manifest
+from engines.mpi import inner_environment
 
 DTYPES = ("float32", "bfloat16")
 SMALL = {"int8": INT8, "fp8": FP8}  # what `quant` makes of matrices
@@ -198,7 +199,7 @@ def _start(directory: Path, name: str, key: str) -> _Compilation:
         stdout=log,
         stderr=log,
         cwd=package_root(),
-        env=child_environment(),
+        env=inner_environment(),
         start_new_session=True,
     )
     start = time.monotonic()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.architecture import Architecture
-from engines.embedded.target import KERNELS
+from engines.embedded.target import KERNELS, refused_features
 from engines.manifest import Manifest
 
 _HERE = Path(__file__).parent
@@ -48,7 +48,8 @@ def _kernels_command() -> list[str]:
 def native_flags() -> list[str]:
     """The C++ compiler's flags for a shared library of kernels for this processor."""
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    return ["-std=c++17", "-O3", native, "-fopenmp", "-fPIC", "-shared", "-Wno-psabi"]
+    without = [f"-mno-{feature.replace('_', '-')}" for feature in refused_features()]
+    return ["-std=c++17", "-O3", native, *without, "-fopenmp", "-fPIC", "-shared", "-Wno-psabi"]
 
 
 def _torch_root() -> Path:

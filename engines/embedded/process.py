@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import engines
@@ -13,9 +12,3 @@ def package_root() -> Path:
     file = engines.__file__
     assert file is not None, "engines is a package with an __init__.py"
     return Path(file).resolve().parent.parent
-
-
-def child_environment() -> dict[str, str]:
-    """This environment without what an outer mpirun left in it."""
-    outer = ("OMPI_", "PMIX_", "PRTE_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(outer)}

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from builder import rows, trtllm
 from builder.architecture import Architecture
-from builder.calibration import read_ids
 from builder.decoder import (
     Block,
     Context,
@@ -30,6 +29,7 @@ from builder.errors import UserError
 from builder.evaluation import token_windows
 from builder.tensorfile import read_header
 from builder.tensors import Expression
+from builder.text import read_ids
 from engines.embedded.session import Request, Session
 from engines.manifest import read
 

@@ -104,7 +104,6 @@ class Ranks:
         """Until rank 0 says so."""
         deadline = time.monotonic() + timeout_s
         self._connection = self._accept(deadline)
-        self._listener.close()
         try:
             message = next(self.messages(lambda: deadline), None)
         except TimeoutError:
@@ -114,6 +113,7 @@ class Ranks:
         if "refused" in message:
             raise UserError(message["refused"])
         self.pids = message["ready"]
+        self._forget_listener()  # all have what they need of it; a killed session could not do this
 
     def _accept(self, deadline: float) -> socket.socket:
         self._listener.settimeout(0.1)

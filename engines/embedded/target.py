@@ -5,6 +5,7 @@ Imports no torch, so that an engine can be refused before anything heavy is star
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -34,8 +35,29 @@ _INSTRUCTIONS = re.compile(
 )
 
 
+# Linux gives a process AMX's tiles once it has asked (Documentation/arch/x86/xstate.rst); a seccomp profile
+# may refuse it.
+_SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
+
 def cpu_features() -> list[str]:
-    """The instruction sets of this processor, as the kernel names them; empty where it tells none."""
+    """The instruction sets this process may use, as the kernel names them; empty where it tells none."""
+    refused = refused_features()
+    return [f for f in _processor_features() if f not in refused]
+
+
+def refused_features() -> list[str]:
+    """Those that the processor has and the operating system keeps from this process."""
+    tiles = [f for f in _processor_features() if f.startswith("amx")]
+    return [] if not tiles or _may_use_tiles() else tiles
+
+
+def _may_use_tiles() -> bool:
+    request = ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
+    return int(request) == 0
+
+
+def _processor_features() -> list[str]:
     file = Path("/proc/cpuinfo")
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
@@ -160,9 +182,10 @@ def check(engine: Path, manifest: Manifest) -> None:
         raise UserError(f"{engine}: built for {machine}, this is {platform.machine()}; build it again here")
     lacking = sorted(set(manifest.hardware.get("features", ())) - set(cpu_features()))
     if lacking:
+        built, here = manifest.hardware.get("cpu"), hardware.cpu()["cpu"]
         raise UserError(
-            f"{engine}: built with the instruction set {lacking[0]!r}, which this processor lacks; "
-            "build it again here"
+            f"{engine}: built on {built} with instruction sets that {here} lacks or this process may not "
+            f"use ({', '.join(lacking)}); build it again here"
         )
     if manifest.device == "cuda":
         _check_gpu(engine, manifest)

@@ -17,7 +17,7 @@ import yaml
 from builder.errors import UserError
 from builder.storage import read_json
 from engines import hardware, logged, manifest, mpi
-from engines.embedded.process import child_environment
+from engines.mpi import inner_environment
 from engines.trtllm import bench_report, release
 from engines.trtllm.bench_command import (
     ENGINE,
@@ -135,7 +135,7 @@ def run(measured: Subject, load: Load, *, version: str, dataset: Path, name: str
     if not measured.is_engine:
         config.write_text(yaml.safe_dump(llm_options(measured, load), sort_keys=False), encoding="utf-8")
     words = arguments(measured, load, version=version, dataset=dataset, report=report, config=config)
-    code = logged.run([str(release.script(COMMAND)), *words], log, child_environment())
+    code = logged.run([str(release.script(COMMAND)), *words], log, inner_environment())
     if code != 0 or not report.is_file():
         missing = "" if code else "wrote no report; "
         raise UserError(f"{COMMAND}: {missing}{logged.last_words(log, code)}; the log is {log}")

@@ -25,8 +25,8 @@ from builder.storage import read_json
 from builder.trtllm import TrtllmCheckpoint
 from builder.trtllm.conversion import MAX_ELEMENTS, largest_weight
 from engines import hardware, mpi
-from engines.embedded.process import child_environment
 from engines.manifest import Manifest
+from engines.mpi import inner_environment
 from engines.trtllm import preflight, release
 from engines.trtllm.estimate import Estimate, estimate
 from engines.trtllm.options import Build, BuildOptions, resolve
@@ -205,7 +205,7 @@ def _run(
     report: Report | None = None,
 ) -> None:
     """Run a command that builds `ranks`, with its output in `log`, recording each as it is finished."""
-    environment = None if prepared.under_mpi else child_environment()
+    environment = None if prepared.under_mpi else inner_environment()
     last: deque[str] = deque(maxlen=400)
     writing: list[int] = []
     unfinished = 0

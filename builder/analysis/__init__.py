@@ -1,0 +1,1 @@
+"""What the blocks of a model do, and how much they are needed."""
