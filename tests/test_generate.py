@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from builder import tokenizer
+from engines.embedded.session import Generation, Request, Session
 from ffn_fusion import main
 
 
@@ -85,3 +89,21 @@ def test_a_value_out_of_range_is_one_line(tiny_engine: Path, tiny_hf: Path) -> N
     result = CliRunner().invoke(main, [*command, "--repetition-penalty", "0"])
     assert result.exit_code == 1
     assert result.stderr.strip() == "error: repetition_penalty: 0.0 is not above 0; 1 is none"
+
+
+def test_a_hanging_engine_is_killed_after_the_step_timeout(
+    tiny_engine: Path, tiny_hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Session.generate
+
+    def stopped(session: Session, request: Request) -> Generation:
+        os.kill(session.pids[0], signal.SIGSTOP)
+        return real(session, request)
+
+    monkeypatch.setattr(Session, "generate", stopped)
+    start = time.monotonic()
+    command = ["generate", str(tiny_engine), "--tokenizer", str(tiny_hf), "--prompt", "x"]
+    result = CliRunner().invoke(main, [*command, "--step-timeout", "1"])
+    assert result.exit_code == 1
+    assert "no step has ended for 1 s, so the engine was killed; rank 0 is stopped" in result.stderr
+    assert time.monotonic() - start < 60
