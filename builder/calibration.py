@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from builder.architecture import Architecture
 from builder.checkpoint import Checkpoint
 from builder.decoder import (
     Block,
     Context,
     FeedForward,
     SelfAttention,
-    alone,
+    load_block,
     rope_frequencies,
     to_tensor,
 )
 from builder.errors import UserError
 from builder.evaluation import token_windows
 from builder.quantization import INPUTS, KV
-from builder.tensors import Expression
 from builder.text import read_ids
 from builder.writer import Progress
 
@@ -63,7 +61,7 @@ def calibrate(
     largest: dict[str, float] = {}
     tensors = checkpoint.decoder_tensors()
     for index in range(len(architecture.layers)):
-        block = _load(architecture, index, tensors)
+        block = load_block(architecture, index, tensors)
         record = context.record = _Recorder(block, f"layers.{index}")
         for part in hidden.split(batch):
             part.copy_(block(part, context))
@@ -74,15 +72,6 @@ def calibrate(
         if value != value or value == float("inf"):
             raise UserError(f"calib: the input of {name} reaches {value}; the model is not sound")
     return largest
-
-
-def _load(architecture: Architecture, index: int, tensors: Mapping[str, Expression]) -> Block:
-    with torch.device("meta"):
-        block = Block(architecture, index, alone, alone)
-    prefix = f"layers.{index}."
-    weights = {n.removeprefix(prefix): to_tensor(x) for n, x in tensors.items() if n.startswith(prefix)}
-    block.load_state_dict(weights, strict=True, assign=True)
-    return block.eval().requires_grad_(False)
 
 
 class _Recorder:

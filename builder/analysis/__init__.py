@@ -1,1 +1,1 @@
-"""What the blocks of a model do, and how much they are needed."""
+"""What a model's layers do: importance, dependency, explainability, statistics for smaller parts."""
