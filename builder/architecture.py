@@ -54,6 +54,9 @@ class Layer:
         return self.attention is None and self.ffn is None
 
 
+Window = tuple[int, int]  # first and last layer, inclusive
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A pre-norm decoder. Sizes count elements; a rank's share is an Architecture as well."""
@@ -69,6 +72,7 @@ class Architecture:
     layers: tuple[Layer, ...] = field(repr=False)
     lm_head_rows: int | None = None  # a rank's share of the vocabulary; None is all of it
     linear_rows: int | None = None  # a rank's share of every Linear; None is all of it
+    parallel: tuple[Window, ...] = ()  # the layers of a window all read its input: builder.surgery.parallel
 
     def __post_init__(self) -> None:
         for name in (
@@ -89,6 +93,7 @@ class Architecture:
                 )
             if isinstance(layer.ffn, FFN) and layer.intermediate_size < 1:
                 raise UserError(f"layer {index}: intermediate_size {layer.intermediate_size} is not positive")
+        _check_windows(self.parallel, len(self.layers))
 
     @property
     def q_size(self) -> int:
@@ -127,13 +132,27 @@ class Architecture:
         """Whether some layer's q, k and v have biases."""
         return any(isinstance(x.attention, Attention) and x.attention.bias for x in self.layers)
 
+    @property
+    def steps(self) -> tuple[range, ...]:
+        """The layers in the order they are computed: one at a time, those of a parallel window together."""
+        last_of = dict(self.parallel)
+        steps: list[range] = []
+        while (first := steps[-1].stop if steps else 0) < len(self.layers):
+            steps.append(range(first, last_of.get(first, first) + 1))
+        return tuple(steps)
+
     def attention_free_runs(self) -> Iterator[tuple[int, int]]:
-        """Maximal runs (first, last) of FFNs with no attention between them; empty layers do not end one."""
+        """Maximal runs (first, last) of FFNs with no attention between them; empty layers do not end one.
+
+        Parallel windows do: their layers are in no run.
+        """
         run: list[int] = []
+        windowed = {i for first, last in self.parallel for i in range(first, last + 1)}
         for index, layer in enumerate((*self.layers, None)):
-            if layer is not None and layer.empty:
+            outside = None if index in windowed else layer
+            if outside is not None and outside.empty:
                 continue
-            if layer is not None and layer.attention is None and isinstance(layer.ffn, FFN):
+            if outside is not None and outside.attention is None and isinstance(outside.ffn, FFN):
                 run.append(index)
             elif run:
                 yield run[0], run[-1]
@@ -176,10 +195,19 @@ class Architecture:
         return 2 * heads * self.head_dim * bytes_per_element
 
     def all_reduces_per_token(self, tp_size: int) -> int:
-        """One after every attention and every FFN, when ranks share a layer."""
+        """One after every attention and every FFN, when ranks share a layer.
+
+        A parallel window has one of all its attentions, and one of all its FFNs; a Linear, whose rows are
+        gathered, always has its own.
+        """
         if tp_size == 1:
             return 0
-        return sum((x.attention is not None) + (x.ffn is not None) for x in self.layers)
+        count = 0
+        for step in self.steps:
+            for parts in ([self.layers[i].attention for i in step], [self.layers[i].ffn for i in step]):
+                matrices = sum(isinstance(x, Linear) for x in parts)
+                count += matrices + any(isinstance(x, Attention | FFN) for x in parts)
+        return count
 
     def counts(self, tp_size: int, bytes_per_element: int) -> dict[str, Any]:
         """All of the above by name, as `inspect` and the reports show them."""
@@ -238,7 +266,9 @@ class Architecture:
             for x in values["layers"]
         )
         scaling = tuple((name, value) for name, value in rope["scaling"])
-        return cls(**{**values, "rope": Rope(**{**rope, "scaling": scaling}), "layers": layers})
+        parallel = tuple((first, last) for first, last in values["parallel"])
+        read = {"rope": Rope(**{**rope, "scaling": scaling}), "layers": layers, "parallel": parallel}
+        return cls(**{**values, **read})
 
 
 def _part(kind: Any, values: Mapping[str, Any] | None) -> Any:
@@ -269,3 +299,15 @@ def _shard_layer(index: int, layer: Layer, tp_size: int) -> Layer:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _check_windows(windows: tuple[Window, ...], num_layers: int) -> None:
+    previous = -1
+    for first, last in windows:
+        if not 0 <= first < last < num_layers:
+            raise UserError(
+                f"parallel: {first}-{last} is no window of two or more of the layers 0-{num_layers - 1}"
+            )
+        if first <= previous:
+            raise UserError(f"parallel: window {first}-{last} begins in or before another; layers have one")
+        previous = last

@@ -138,6 +138,8 @@ def rewrite(checkpoint: Checkpoint, changes: Mapping[int, Change], key: str) -> 
     Raises UserError for a layer the model does not have, and puts `key` and the layer before what a
     change raises.
     """
+    if not changes:
+        return checkpoint
     architecture = checkpoint.architecture
     for index in changes:
         if not 0 <= index < len(architecture.layers):

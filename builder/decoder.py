@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,40 @@ class Block(nn.Module):
             x = x + self.ffn(self.ffn_norm(x))
         return x
 
+    def attend(self, x: Tensor, context: Context) -> Tensor:
+        """attention(norm(x)), zeros without attention; a rank's share of it but for a Matrix."""
+        if isinstance(self.attention, SelfAttention):
+            return self.attention(self.attention_norm(x), context)
+        return torch.zeros_like(x) if self.attention is None else self.attention(self.attention_norm(x))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """ffn(norm(x)), zeros without FFN; a rank's share of it but for a Matrix."""
+        return torch.zeros_like(x) if self.ffn is None else self.ffn(self.ffn_norm(x))
+
+
+def run(blocks: Sequence[Block], x: Tensor, context: Context, all_reduce: Collective) -> Tensor:
+    """One of `Architecture.steps`: a block alone, or the blocks of a parallel window."""
+    return in_parallel(blocks, x, context, all_reduce) if len(blocks) > 1 else blocks[0](x, context)
+
+
+def in_parallel(blocks: Sequence[Block], x: Tensor, context: Context, all_reduce: Collective) -> Tensor:
+    """Blocks that all read x [B, T, hidden_size]: see `builder.surgery.parallel`.
+
+    Ranks sum twice for all of them: first the attentions in one message [k, B, T, hidden_size], for the
+    FFN of each block reads its own; then the FFNs, which every rank has added up.
+    """
+    added = [b.attend(x, context) for b in blocks]
+    split = [i for i, b in enumerate(blocks) if isinstance(b.attention, SelfAttention)]
+    if split:
+        message = torch.stack([added[i] for i in split])
+        for i, summed in zip(split, all_reduce(message).unbind(), strict=True):
+            added[i] = summed
+    fed = [b.feed(x + a) for b, a in zip(blocks, added, strict=True)]
+    shares = [f for f, b in zip(fed, blocks, strict=True) if isinstance(b.ffn, FeedForward)]
+    whole = [f for f, b in zip(fed, blocks, strict=True) if not isinstance(b.ffn, FeedForward)]
+    y = sum((*added, *whole), x)
+    return y + all_reduce(sum(shares[1:], shares[0])) if shares else y
+
 
 class Context:
     """What all attention layers share in one forward pass: the angles of `positions` [B, T]."""
@@ -196,6 +230,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.architecture = architecture
+        self.all_reduce = all_reduce
         self.embedding = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
         self.layers = nn.ModuleList(
             Block(architecture, i, all_reduce, all_gather) for i in range(len(architecture.layers))
@@ -209,8 +244,9 @@ class Decoder(nn.Module):
         """Logits [B, T, lm_head_size] of `tokens` [B, T] at `positions` [B, T]; each sees those before it."""
         x = self.embedding(tokens)
         context = Context(positions, self.rope_frequencies, x.dtype, self.architecture.rope.magnitude)
-        for block in self.layers:
-            x = block(x, context)
+        blocks = cast(Sequence[Block], self.layers)
+        for step in self.architecture.steps:
+            x = run([blocks[i] for i in step], x, context, self.all_reduce)
         return self.lm_head(self.norm(x))
 
 
@@ -229,6 +265,22 @@ def load(
     decoder.load_state_dict(weights, strict=True, assign=True)
     decoder.rope_frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
     return decoder.eval().requires_grad_(False)
+
+
+def load_block(
+    architecture: Architecture,
+    index: int,
+    tensors: Mapping[str, Expression],
+    dtype: torch.dtype | None = None,
+) -> Block:
+    """One layer of `Checkpoint.decoder_tensors`, in `dtype` (default: its own); no other layer is read."""
+    with torch.device("meta"):
+        block = Block(architecture, index, alone, alone)
+    prefix = f"layers.{index}."
+    own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+    weights = {n: to_tensor(x, dtype) for n, x in own.items()}
+    block.load_state_dict(weights, strict=True, assign=True)
+    return block.eval().requires_grad_(False)
 
 
 def to_tensor(expression: Expression, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from builder.huggingface import hf_name
 from builder.model_class import DECILM, LLAMA, QWEN, model_class
 from builder.storage import json_bytes, read_json
 from builder.surgery.ffn import pad_widths
+from builder.surgery.parallel import check_sequential
 from builder.team import Team
 from builder.tensors import Expression
 from builder.writer import Progress
@@ -53,7 +54,7 @@ def write(
     output exists or the disk is full; nothing is left behind then.
     """
     team = team or Team()
-    kind = team.together(lambda: model_class(checkpoint.architecture))
+    kind = team.together(lambda: _kind(checkpoint.architecture))
     if kind == DECILM:
         checkpoint = pad_widths(checkpoint, FFN_MULTIPLE)
     shards = _shards({hf_name(name): x for name, x in checkpoint.tensors.items()})
@@ -77,6 +78,12 @@ def write(
         progress=progress,
     )
     return checkpoint.architecture
+
+
+def _kind(architecture: Architecture) -> str:
+    kind = model_class(architecture)
+    check_sequential(architecture, f"a Hugging Face directory ({MODEL_TYPES[kind]})")
+    return kind
 
 
 def _index(names: list[str], shards: list[dict[str, Expression]]) -> dict[str, Any]:

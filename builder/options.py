@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,9 @@ def make_plan(
     groups: tuple[str, ...],
     no_fuse: bool,
     norm: str | None,
+    parallel_blocks: str | None = None,
 ) -> Plan:
-    """The plan that the options of `plan_options` describe."""
+    """The plan that the options of `plan_options`, and `PARALLEL_BLOCKS`, describe."""
     from builder import plan
 
     if plan_file is not None:
@@ -87,6 +88,8 @@ def make_plan(
                 "--plan says it all; leave out --drop-attention, --drop-ffn, --kv-heads, --group, "
                 "--no-fuse, --norm"
             )
+        if parallel_blocks is not None:
+            raise click.UsageError("--plan says it all; write --parallel-blocks into it as `parallel`")
         return plan.read(plan_file)
     if no_fuse and groups:
         raise click.UsageError("--no-fuse and --group contradict each other")
@@ -97,7 +100,30 @@ def make_plan(
         kv_heads=tuple(pair for text in kv_heads for pair in plan.parse_kv_heads(text)),
         fuse=() if no_fuse else fuse,
         norm=plan.parse_norm(norm or "fold"),
+        parallel=() if parallel_blocks is None else plan.parse_windows(parallel_blocks),
     )
+
+
+def asked_plan(options: Mapping[str, Any]) -> Plan | None:
+    """The plan of `plan_options` and `PARALLEL_BLOCKS`; None where none of them asks for a change.
+
+    Blocks in parallel alone fuse nothing.
+    """
+    changes = ("plan_file", "drop_attention", "drop_ffn", "kv_heads", "groups")
+    names = (*changes, "no_fuse", "norm", "parallel_blocks")
+    given = {name: options[name] for name in names if name in options}
+    if any(given[name] for name in changes):
+        return make_plan(**given)
+    if given["norm"]:
+        raise click.UsageError("--norm says how to fuse; name what to fuse, with --group or --drop-attention")
+    return make_plan(**{**given, "no_fuse": True}) if given.get("parallel_blocks") is not None else None
+
+
+PARALLEL_BLOCKS = click.option(
+    "--parallel-blocks",
+    metavar="FIRST-LAST,...",
+    help="Windows of whole blocks that all read the window's input: 38-41,71-74.",
+)
 
 
 def random_options(command: Callable[..., None]) -> Callable[..., None]:

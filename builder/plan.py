@@ -7,14 +7,15 @@
     kv_heads: {6: 2}               the KV heads that an attention keeps, each the mean of neighbours
     fuse: [[7, 8]]                 runs that become one layer; left out: every run without its last layer
     norm: fold                     or `last`
+    parallel: [[38, 41]]           windows of blocks that all read the window's input; in no written format
 
-Indices are layers of the input model. They are applied in this order; layers with neither attention
-nor FFN then go.
+Indices are layers of the input model. They are applied in this order, `parallel` before `fuse`; layers with
+neither attention nor FFN then go.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,8 +27,9 @@ from builder.errors import UserError
 from builder.surgery.attention import drop_attention, pool_kv_heads
 from builder.surgery.ffn import drop_ffn, narrow_ffn
 from builder.surgery.fusion import Group, Norm, default_groups, fuse, remove_empty
+from builder.surgery.parallel import parallelize
 
-KEYS = ("model", "drop_attention", "drop_ffn", "ffn_channels", "kv_heads", "fuse", "norm")
+KEYS = ("model", "drop_attention", "drop_ffn", "ffn_channels", "kv_heads", "fuse", "norm", "parallel")
 MAX_NUMBER = 10_000_000  # no model has more layers or channels
 
 
@@ -42,16 +44,25 @@ class Plan:
     fuse: tuple[Group, ...] | None = None
     norm: Norm = "fold"
     model: str | None = None
+    parallel: tuple[Group, ...] = ()
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         """Rewrite `checkpoint`. Raises UserError where the plan does not fit it."""
+        cut = self.cut(checkpoint)
+        cut = replace(cut, architecture=parallelize(cut.architecture, self.parallel))
+        return remove_empty(fuse(cut, self.groups(cut.architecture), self.norm))
+
+    def cut(self, checkpoint: Checkpoint) -> Checkpoint:
+        """`checkpoint` with what is dropped, narrowed and pooled, its layers still numbered as before.
+
+        Raises UserError where the plan does not fit it.
+        """
         if self.model is not None and self.model != checkpoint.digest:
             raise UserError(f"plan: made for model {self.model[:12]}, this one is {checkpoint.digest[:12]}")
         cut = drop_attention(checkpoint, self.drop_attention)
         cut = drop_ffn(cut, self.drop_ffn)
         cut = narrow_ffn(cut, dict(self.ffn_channels))
-        cut = pool_kv_heads(cut, dict(self.kv_heads))
-        return remove_empty(fuse(cut, self.groups(cut.architecture), self.norm))
+        return pool_kv_heads(cut, dict(self.kv_heads))
 
     def groups(self, dropped: Architecture) -> list[Group]:
         """The groups to fuse in the architecture whose attention has been dropped."""
@@ -68,7 +79,10 @@ class Plan:
             values["kv_heads"] = dict(self.kv_heads)
         if self.fuse is not None:
             values["fuse"] = [list(group) for group in self.fuse]
-        return {**values, "norm": self.norm}
+        values["norm"] = self.norm
+        if self.parallel:
+            values["parallel"] = [list(window) for window in self.parallel]
+        return values
 
 
 def read(file: Path) -> Plan:
@@ -92,9 +106,10 @@ def read(file: Path) -> Plan:
             drop_ffn=_numbers(values.get("drop_ffn") or ()),
             ffn_channels=tuple((k, _numbers(x)) for k, x in _per_layer(values, "ffn_channels")),
             kv_heads=tuple((k, _integer(x)) for k, x in _per_layer(values, "kv_heads")),
-            fuse=None if values.get("fuse") is None else tuple(_group(g) for g in values["fuse"]),
+            fuse=None if values.get("fuse") is None else _groups(values, "fuse"),
             norm=parse_norm(values.get("norm", "fold")),
             model=values.get("model"),
+            parallel=_groups(values, "parallel"),
         )
     except (UserError, TypeError) as error:
         raise UserError(f"{file}: {error}") from None
@@ -149,6 +164,14 @@ def parse_group(text: str) -> Group:
     return _bounds(text)
 
 
+def parse_windows(text: str) -> tuple[Group, ...]:
+    """`38-41,71-74` as ((38, 41), (71, 74))."""
+    for part in text.split(","):
+        if "-" not in part:
+            raise UserError(f"parallel: {part!r} is not FIRST-LAST; write e.g. 38-41,71-74")
+    return tuple(_bounds(part) for part in text.split(","))
+
+
 def _bounds(text: str) -> Group:
     first, _, last = text.partition("-")
     bounds = _integer(first), _integer(last)
@@ -172,10 +195,13 @@ def _per_layer(values: dict[str, Any], key: str) -> list[tuple[int, Any]]:
     return [(_integer(layer), x) for layer, x in given.items()]
 
 
-def _group(value: object) -> Group:
-    if not isinstance(value, list) or len(value) != 2:
-        raise UserError(f"fuse: {value!r} is not [first, last]")
-    return _integer(value[0]), _integer(value[1])
+def _groups(values: dict[str, Any], key: str) -> tuple[Group, ...]:
+    groups = []
+    for value in values.get(key) or ():
+        if not isinstance(value, list) or len(value) != 2:
+            raise UserError(f"{key}: {value!r} is not [first, last]")
+        groups.append((_integer(value[0]), _integer(value[1])))
+    return tuple(groups)
 
 
 def _integer(value: object) -> int:

@@ -14,13 +14,15 @@ from builder.architecture import Architecture
 from builder.errors import UserError
 from builder.storage import read_json, write_json
 
-VERSION = 2
+VERSION = 3
 BESIDE = "ffn-fusion.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`architecture` is that of the whole model, widths padded. Lengths count tokens.
+    """`architecture` is that of the whole model, widths padded, and says what runs in parallel.
+
+    Lengths count tokens.
 
     `dtype` is that of the activations and the KV cache, and of the weights unless `quant` names theirs.
     `device` is what an embedded engine runs on, "cpu" or "cuda"; `kv_cache_blocks` is its pool, 0 where the
@@ -88,6 +90,6 @@ def read(directory: Path) -> Manifest:
         raise UserError(f"{file}: key {sorted(wrong)[0]!r} is missing or unknown; build the engine again")
     try:
         architecture = Architecture.from_dict(values.pop("architecture"))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: architecture is broken ({error}); build the engine again") from None
     return Manifest(architecture=architecture, **values)

@@ -72,6 +72,10 @@ _EMBEDDED: dict[str, tuple[Any, str]] = {
     "kv-cache-memory": (Size(), "Of each rank, such as 4GiB; requests wait for room. Default: all fit."),
     "data": (DIRECTORY, "Text file to tell the cost of --quant on. Default: text of the engine's own."),
     "tokenizer": (DIRECTORY, "The Hugging Face directory with tokenizer.json, for --data."),
+    "parallel-blocks": (
+        str,
+        "FIRST-LAST,...: windows of CHECKPOINT's layers that run in parallel, each on the window's input.",
+    ),
 }
 _SHORT = {"tp-size": "--tp", "pp-size": "--pp"}
 _FLAGS = ("without_nvlink", "dry_run")  # False where they were not given
@@ -106,6 +110,15 @@ def backend_options(command: Callable[..., None]) -> Callable[..., None]:
 def embedded_options(options: dict[str, Any]) -> dict[str, Any]:
     """What was given for the embedded engine. Raises UsageError for what only another backend has."""
     return _of(options, _EMBEDDED, "belongs to --backend tensorrt-llm")
+
+
+def check_sequential(options: dict[str, Any], backend: str) -> None:
+    """Raise UsageError where blocks shall run in parallel on a backend that has no way to say it."""
+    if options["parallel_blocks"] is not None and backend != "embedded":
+        raise click.UsageError(
+            f"--parallel-blocks: {backend} runs blocks one after the other; leave it out, or give "
+            "--backend embedded"
+        )
 
 
 def refuse_given(options: dict[str, Any], backend: str) -> None:

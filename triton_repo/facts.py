@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from builder.surgery.parallel import format_windows
 from engines import manifest as manifests
 from engines.manifest import Manifest
 
@@ -13,7 +14,8 @@ FACTS = "ffn_fusion_facts"  # a parameter of tensorrt_llm that its backends do n
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:
-    """Counts, backend, ranks, the release and the GPU that built it."""
+    """Counts, backend, ranks, the release and the GPU that built it, and blocks in parallel if any."""
+    parallel = format_windows(manifest.architecture.parallel)
     gpus = manifest.hardware.get("gpus") or [{"name": manifest.hardware.get("cpu")}]
     return {
         **manifest.counts(),
@@ -21,6 +23,7 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         "pp_size": manifest.pp_size,
         "tensorrt_llm": manifest.compiler.get("tensorrt_llm"),
         "built_on": gpus[0]["name"],
+        **({"parallel_blocks": parallel} if parallel else {}),
     }
 
 

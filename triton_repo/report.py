@@ -40,6 +40,7 @@ RAN = {
     "pp_size": "pipeline stages",
     "tensorrt_llm": "built with TensorRT-LLM",
     "built_on": "built on",
+    "parallel_blocks": "blocks in parallel",
 }
 
 

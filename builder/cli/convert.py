@@ -12,8 +12,8 @@ from builder.options import (
     DIRECTORY,
     JSON,
     THREADS,
+    asked_plan,
     emit,
-    make_plan,
     plan_options,
     progress_bar,
     random_options,
@@ -23,7 +23,6 @@ from builder.options import (
 
 if TYPE_CHECKING:
     from builder.checkpoint import Checkpoint
-    from builder.plan import Plan
     from builder.quantization import Quantized
 
 
@@ -66,7 +65,7 @@ def convert(
     _check_convert_options(output, dry_run, options)
     random = random_seed(random_weights, seed)
     team = Team.join()
-    plan = team.together(lambda: _asked_plan(options))
+    plan = team.together(lambda: asked_plan(options))
     mapping = {name: options[name] for name in ("tp_size", "pp_size")}
     dtype = None if options["dtype"] == "auto" else options["dtype"]
     target = {**mapping, "dtype": dtype, "fused_mlp": not options["no_fused_mlp"]}
@@ -112,18 +111,6 @@ def _check_convert_options(output: Path | None, dry_run: bool, options: dict[str
         raise click.UsageError("--calib is for --quant fp8")
     if options["quant"] and not options["calib"] and not dry_run:
         raise click.UsageError("--quant fp8 needs --calib FILE: text to measure activations on")
-
-
-def _asked_plan(options: dict[str, Any]) -> Plan | None:
-    """The plan of the options, None where none of them asks for a change."""
-    names = ("plan_file", "drop_attention", "drop_ffn", "kv_heads", "groups", "no_fuse", "norm")
-    given = {name: options[name] for name in names}
-    changes = ("plan_file", "drop_attention", "drop_ffn", "kv_heads", "groups")
-    if any(given[name] for name in changes):
-        return make_plan(**given)
-    if given["norm"]:
-        raise click.UsageError("--norm says how to fuse; name what to fuse, with --group or --drop-attention")
-    return None
 
 
 def _quantized(model: Path, child: Checkpoint, target: dict[str, Any], options: dict[str, Any]) -> Quantized:

@@ -7,16 +7,16 @@ sequence of them.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
-from builder.architecture import FFN, Architecture, Layer, Linear
+from builder.architecture import FFN, Architecture, Layer, Linear, Window
 from builder.arithmetic import Divide, NormBase, ScaleColumns, cast
 from builder.checkpoint import Checkpoint, assemble
 from builder.errors import UserError
+from builder.surgery.parallel import check_groups, renumber
 from builder.tensors import Expression, concat
 
-Group = tuple[int, int]  # first and last layer, inclusive
+Group = Window
 Norm = Literal["fold", "last"]
 
 
@@ -37,17 +37,19 @@ def fuse(checkpoint: Checkpoint, groups: list[Group], norm: Norm = "fold") -> Ch
 
     `fold` moves every member's norm weight into its gate and up columns, which is exact for any
     common norm weight; `last` gives all members the last one's, as an ablation. Empty layers in a
-    group compute nothing and go. Raises UserError for a group that overlaps another or holds a
-    layer that is not a lone FFN.
+    group compute nothing and go. Raises UserError for a group that overlaps another or a parallel
+    window, or holds a layer that is not a lone FFN.
     """
     _check_groups(checkpoint.architecture, groups)
     old, last_of = checkpoint.architecture.layers, dict(groups)
     layers: list[Layer] = []
     tensors: list[dict[str, Expression]] = []
+    places: dict[int, int] = {}
     index = 0
     while index < len(old):
         last = last_of.get(index, index)
         members = [i for i in range(index, last + 1) if last == index or not old[i].empty]
+        places |= dict.fromkeys(members, len(layers))
         if last == index:
             layers.append(old[index])
             tensors.append(checkpoint.layer(index))
@@ -55,11 +57,14 @@ def fuse(checkpoint: Checkpoint, groups: list[Group], norm: Norm = "fold") -> Ch
             layers.append(_fused_layer([old[i] for i in members]))
             tensors.append(_fused_tensors([checkpoint.layer(i) for i in members], checkpoint.dtype, norm))
         index = last + 1
-    return assemble(checkpoint, replace(checkpoint.architecture, layers=tuple(layers)), tensors)
+    return assemble(checkpoint, renumber(checkpoint.architecture, tuple(layers), places), tensors)
 
 
 def remove_empty(checkpoint: Checkpoint) -> Checkpoint:
-    """Without the layers that have neither attention nor FFN. Raises UserError where none would be left."""
+    """Without the layers that have neither attention nor FFN.
+
+    Raises UserError where none would be left, or fewer than two of a parallel window.
+    """
     kept = [i for i, layer in enumerate(checkpoint.architecture.layers) if not layer.empty]
     if not kept:
         raise UserError("plan: no layer would be left; drop less")
@@ -67,7 +72,8 @@ def remove_empty(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     layers = tuple(checkpoint.architecture.layers[i] for i in kept)
     tensors = [checkpoint.layer(i) for i in kept]
-    return assemble(checkpoint, replace(checkpoint.architecture, layers=layers), tensors)
+    places = {old: new for new, old in enumerate(kept)}
+    return assemble(checkpoint, renumber(checkpoint.architecture, layers, places), tensors)
 
 
 def _check_groups(architecture: Architecture, groups: list[Group]) -> None:
@@ -94,6 +100,7 @@ def _check_groups(architecture: Architecture, groups: list[Group]) -> None:
         if sum(not layer.empty for layer in architecture.layers[first : last + 1]) < 2:
             raise UserError(f"fuse: group {first}-{last} has fewer than two FFNs; leave it out")
         previous = last
+    check_groups(architecture, groups)
 
 
 def _fused_layer(members: list[Layer]) -> Layer:

@@ -15,6 +15,7 @@ from builder.model_class import model_class
 from builder.quantization import Quantized
 from builder.storage import json_bytes
 from builder.surgery.ffn import pad_widths
+from builder.surgery.parallel import check_sequential
 from builder.surgery.sharding import check_stages, shard, stage_layers
 from builder.team import Team
 from builder.tensors import Expression
@@ -78,6 +79,7 @@ def prepare(
         raise UserError(
             f"dtype: {dtype!r} is no TensorRT-LLM weight dtype; choose --dtype {' or '.join(layout.DTYPES)}"
         )
+    check_sequential(checkpoint.architecture, "a TensorRT-LLM checkpoint")
     model_class(checkpoint.architecture)
     layout.rotary_scaling(checkpoint.architecture.rope)
     whole = pad_widths(checkpoint.cast(dtype), tp_size)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from builder.options import DIRECTORY, JSON, emit
+from builder.surgery.parallel import format_windows
 from engines.options import (
     backend_options,
     check_dtype,
+    check_sequential,
     embedded_options,
     engine_options,
     pytorch_options,
@@ -78,6 +80,7 @@ def build_engine(
     Examples:
         build-engine checkpoint --max-batch-size 8 --max-seq-len 2048 -o engine
         build-engine checkpoint --quant int8 --kv-cache-memory 4GiB -o engine
+        build-engine checkpoint --parallel-blocks 38-41,71-74 -o engine
         build-engine checkpoint --backend onnx --dtype float16 -o onnx
         build-engine checkpoint --backend tensorrt-llm --dry-run
         build-engine checkpoint --backend tensorrt-llm --config build.yaml -o engine
@@ -85,6 +88,7 @@ def build_engine(
     """
     if output is None and not options["dry_run"]:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    check_sequential(options, backend)
     limits = {
         "max_batch_size": max_batch_size,
         "max_input_len": max_input_len,
@@ -110,6 +114,7 @@ def _build_embedded(
     limits: dict[str, int | None],
     given: dict[str, Any],
 ) -> None:
+    from builder.plan import parse_windows
     from engines.embedded.compilation import build
 
     data, tokenizer = given.get("data"), given.get("tokenizer")
@@ -128,6 +133,7 @@ def _build_embedded(
         device=given.get("device", "cpu"),
         dtype=None if dtype == "auto" else dtype,
         quant=given.get("quant"),
+        parallel=parse_windows(given["parallel_blocks"]) if "parallel_blocks" in given else (),
         progress=_report,
     )
     seconds, cost = time.monotonic() - start, None
@@ -248,8 +254,11 @@ def _emit_engine(
     limits = {n: getattr(manifest, n) for n in ("max_batch_size", "max_input_len", "max_seq_len")}
     result = {"engine": str(output), "backend": manifest.backend, "tp_size": manifest.tp_size, **limits}
     numbers = manifest.dtype + (f" with {manifest.quant} weights" if manifest.quant else "")
+    windows = format_windows(manifest.architecture.parallel)
+    numbers += f", blocks {windows} in parallel" if windows else ""
     text = f"{output}: {manifest.backend} engine, TP {manifest.tp_size}, {numbers}, built in {seconds:.1f} s"
     result |= {"dtype": manifest.dtype, "quant": manifest.quant, "seconds": round(seconds, 1), **(more or {})}
+    result |= {"parallel_blocks": windows} if windows else {}
     emit(result, as_json, text)
 
 

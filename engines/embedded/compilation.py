@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from builder import rows, trtllm, writer
+from builder.architecture import Window
 from builder.checkpoint import Checkpoint
 from builder.errors import UserError
 from builder.storage import output_directory
+from builder.surgery.parallel import parallelize
 from builder.tensors import FP8, INT8, Expression
 from engines.embedded import cache, compiler, target
 from engines.embedded.process import package_root
@@ -41,6 +43,7 @@ def build(
     device: str = "cpu",
     dtype: str | None = None,
     quant: str | None = None,
+    parallel: Sequence[Window] = (),
     progress: Report | None = None,
 ) -> Manifest:
     """Compile `checkpoint_dir` into a new directory `output`; `progress` gets a line a stage.
@@ -48,6 +51,7 @@ def build(
     Limits default to the model's max_position_embeddings and half of it; `dtype` to the checkpoint's.
     `kv_cache_memory` bounds a rank's KV cache in bytes; without it all requests at once have room.
     `device` is "cpu" or "cuda"; `quant` keeps the matrices in 8 bits: "int8" on a CPU, "fp8" on a GPU.
+    The layers of each of the windows `parallel` all read its input (`builder.surgery.parallel`).
     Raises UserError for a checkpoint or limit that does not fit, no C++ compiler, a failed
     compilation, or an output that exists; nothing is left behind then.
     """
@@ -72,7 +76,7 @@ def build(
     manifest = Manifest(
         backend=target.BACKEND,
         checkpoint_digest=checkpoint.digest,
-        architecture=checkpoint.architecture,
+        architecture=parallelize(checkpoint.architecture, parallel),
         dtype=_engine_dtype(checkpoint.dtype, dtype),
         quant=quant,
         tp_size=checkpoint.tp_size,

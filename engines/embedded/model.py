@@ -9,8 +9,9 @@ K and V live in a pool of blocks of BLOCK_SIZE tokens, for each attention layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +166,34 @@ class Block(nn.Module):
             x = x + self.ffn(self.ffn_norm(x))
         return x
 
+    def attend(self, x: Tensor, attend: Attend) -> Tensor:
+        """attention(norm(x)), zeros without attention; a rank's share of it but for a Matrix."""
+        if isinstance(self.attention, SelfAttention):
+            return attend(self.attention, self.attention_norm(x))
+        return torch.zeros_like(x) if self.attention is None else self.attention(self.attention_norm(x))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """ffn(norm(x)), zeros without FFN; a rank's share of it but for a Matrix."""
+        return torch.zeros_like(x) if self.ffn is None else self.ffn(self.ffn_norm(x))
+
+
+def in_parallel(blocks: Sequence[Block], x: Tensor, attend: Attend, all_reduce: Collective) -> Tensor:
+    """What `builder.decoder.in_parallel` computes, x [B, hidden_size]; two all-reduces.
+
+    A row has the same sums in every batch: each is of single elements, in the order of the blocks.
+    """
+    added = [b.attend(x, attend) for b in blocks]
+    split = [i for i, b in enumerate(blocks) if isinstance(b.attention, SelfAttention)]
+    if split:
+        message = torch.stack([added[i] for i in split])  # [k, B, hidden_size]
+        for i, summed in zip(split, all_reduce(message).unbind(), strict=True):
+            added[i] = summed
+    fed = [b.feed(x + a) for b, a in zip(blocks, added, strict=True)]
+    shares = [f for f, b in zip(fed, blocks, strict=True) if isinstance(b.ffn, FeedForward)]
+    whole = [f for f, b in zip(fed, blocks, strict=True) if not isinstance(b.ffn, FeedForward)]
+    y = sum((*added, *whole), x)
+    return y + all_reduce(sum(shares[1:], shares[0])) if shares else y
+
 
 class EngineDecoder(nn.Module):
     """What both programs share; weights are empty until they are loaded."""
@@ -173,7 +202,7 @@ class EngineDecoder(nn.Module):
 
     def __init__(self, architecture: Architecture, numbers: Numbers, all_reduce: Collective) -> None:
         super().__init__()
-        self.architecture = architecture
+        self.architecture, self.all_reduce = architecture, all_reduce
         self.embedding = nn.Embedding(architecture.vocab_size, architecture.hidden_size, dtype=numbers.dtype)
         self.layers = nn.ModuleList(
             Block(architecture, i, numbers, all_reduce) for i in range(len(architecture.layers))
@@ -195,9 +224,10 @@ class EngineDecoder(nn.Module):
 
     def hidden(self, tokens: Tensor, attend: Attend) -> Tensor:
         """[B, hidden_size] after the last norm."""
-        x = self.embedding(tokens)
-        for block in self.layers:
-            x = block(x, attend)
+        x, layers = self.embedding(tokens), cast(Sequence[Block], self.layers)
+        for step in self.architecture.steps:
+            blocks = [layers[i] for i in step]
+            x = in_parallel(blocks, x, attend, self.all_reduce) if len(blocks) > 1 else blocks[0](x, attend)
         return self.norm(x)
 
 

@@ -16,12 +16,11 @@ from torch import Tensor
 from builder import rows, trtllm
 from builder.architecture import Architecture
 from builder.decoder import (
-    Block,
     Context,
     FeedForward,
     RMSNorm,
     SelfAttention,
-    alone,
+    load_block,
     rope_frequencies,
     to_tensor,
 )
@@ -135,36 +134,22 @@ class _Layered:
 
     def __init__(self, architecture: Architecture, ranks: Ranks, windows: Tensor) -> None:
         self.architecture, self.ranks = architecture, ranks
-        self.x = to_tensor(ranks[0]["embedding.weight"], torch.float32)[windows]
+        self.starts = {step.start for step in architecture.steps}  # whose layers read what is there then
+        self.read = self.x = to_tensor(ranks[0]["embedding.weight"], torch.float32)[windows]
         frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
         positions = torch.arange(windows.shape[1])[None]
         self.context = Context(positions, frequencies, torch.float32, architecture.rope.magnitude)
 
     def advance(self, index: int) -> None:
-        blocks = [self._block(index, rank) for rank in self.ranks]
-        first = blocks[0]
-        if isinstance(first.attention, SelfAttention):
-            x = first.attention_norm(self.x)
-            self.x = self.x + sum(b.attention(x, self.context) for b in blocks if b.attention is not None)
-        elif first.attention is not None:
-            self.x = self.x + first.attention(first.attention_norm(self.x))
-        if isinstance(first.ffn, FeedForward):
-            x = first.ffn_norm(self.x)
-            self.x = self.x + sum(b.ffn(x) for b in blocks if b.ffn is not None)
-        elif first.ffn is not None:
-            self.x = self.x + first.ffn(first.ffn_norm(self.x))
-
-    def _block(self, index: int, rank: Mapping[str, Expression]) -> Block:
-        with torch.device("meta"):
-            block = Block(self.architecture, index, alone, alone)
-        prefix = f"layers.{index}."
-        weights = {
-            n.removeprefix(prefix): to_tensor(x, torch.float32)
-            for n, x in rank.items()
-            if n.startswith(prefix)
-        }
-        block.load_state_dict(weights, strict=True, assign=True)
-        return block.requires_grad_(False)
+        if index in self.starts:
+            self.read = self.x
+        blocks = [load_block(self.architecture, index, rank, torch.float32) for rank in self.ranks]
+        # A matrix is whole on every rank.
+        attending = blocks if isinstance(blocks[0].attention, SelfAttention) else blocks[:1]
+        feeding = blocks if isinstance(blocks[0].ffn, FeedForward) else blocks[:1]
+        added = sum((b.attend(self.read, self.context) for b in attending), torch.zeros_like(self.x))
+        self.x = self.x + added
+        self.x = self.x + sum((b.feed(self.read + added) for b in feeding), torch.zeros_like(self.x))
 
     def log_probs(self, vocab: int) -> Tensor:
         norm = RMSNorm(self.architecture.hidden_size, self.architecture.norm_eps)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.architecture import Architecture, Attention, Linear
+from builder.surgery.parallel import check_sequential
 from builder.tensors import Expression
 from engines.onnx_export import blocks
 from engines.onnx_export.blocks import Context
@@ -43,7 +44,11 @@ class Segment:
 def cut(
     local: Architecture, weights: Mapping[str, Expression], dtype: str, tp_size: int
 ) -> tuple[Segment, ...]:
-    """The segments of a rank's share `local`: one at TP 1, else one more than there are all-reduces."""
+    """The segments of a rank's share `local`: one at TP 1, else one more than there are all-reduces.
+
+    Raises UserError where blocks run in parallel.
+    """
+    check_sequential(local, "ONNX")
     writer = _Writer(local, weights, dtype, tp_size)
     for index, layer in enumerate(local.layers):
         if layer.attention:
