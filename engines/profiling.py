@@ -33,6 +33,7 @@ Part = tuple[str, int]  # "attention" and KV heads, or "ffn" and width
 
 BASE: Part = ("base", 0)
 _WARM_UP = 4  # steps that are not counted
+_LARGEST_CACHE = 1 << 30
 _RUNS = 5  # in one session
 _START_S = 600.0
 
@@ -41,8 +42,8 @@ _START_S = 600.0
 class Wanted:
     """What to measure, and how: sizes of the whole model, ascending; tokens; counts.
 
-    `copies` of a part are what an engine has more than the base; `rounds` through all engines, `steps`
-    decode steps timed in each. Raises UserError by field.
+    `layers` are the base's, see `base_layers`; `copies` of a part are what an engine has more; `rounds`
+    through all engines, `steps` decode steps timed in each. Raises UserError by field.
     """
 
     kv_heads: tuple[int, ...]
@@ -53,6 +54,7 @@ class Wanted:
     dtype: str = "bfloat16"
     quant: str | None = None
     device: str = "cpu"
+    layers: int = 1
     copies: int = 4
     rounds: int = 5
     steps: int = 32
@@ -60,7 +62,7 @@ class Wanted:
     def __post_init__(self) -> None:
         if not self.kv_heads or not self.widths:
             raise UserError("profile: needs at least one number of KV heads and one width; give them")
-        for name in ("tp_size", "batch", "copies", "rounds", "steps"):
+        for name in ("tp_size", "batch", "layers", "copies", "rounds", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive; give at least 1")
         least = self.steps // 2 + _WARM_UP + 1
@@ -78,6 +80,11 @@ class Wanted:
     def max_tokens(self) -> int:
         """Of a request: enough that none ends before the last one's steps are timed."""
         return 2 * (self.steps + _WARM_UP)
+
+    @property
+    def base(self) -> tuple[int, int]:
+        """KV heads and width of the base's layers: those of a large model's, not the ladder's ends."""
+        return self.kv_heads[-1], self.widths[len(self.widths) // 2]
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -103,18 +110,34 @@ def rounded(widths: Iterable[int], multiple: int) -> tuple[int, ...]:
 
 
 def engine_architecture(architecture: Architecture, wanted: Wanted, part: Part) -> Architecture:
-    """One layer with the first of both parts, and `copies` layers of `part` alone, none for BASE.
+    """`layers` of the base, and `copies` layers of `part` alone, none for BASE.
 
     Biases of q, k and v are left out: unlike layers cannot have them, and they cost next to nothing.
     """
     kind, size = part
-    attention = Attention(num_key_value_heads=wanted.kv_heads[0])
-    layers = [Layer(attention=attention, ffn=FFN(intermediate_size=wanted.widths[0]), members=(0,))]
-    for index in range(1, 1 + (wanted.copies if part != BASE else 0)):
+    layers = [base_layer(*wanted.base, index) for index in range(wanted.layers)]
+    for index in range(wanted.layers, wanted.layers + (wanted.copies if part != BASE else 0)):
         own = Attention(num_key_value_heads=size) if kind == "attention" else None
         ffn = FFN(intermediate_size=size) if kind == "ffn" else None
         layers.append(Layer(attention=own, ffn=ffn, members=(index,)))
     return replace(architecture, layers=tuple(layers))
+
+
+def base_layer(num_key_value_heads: int, width: int, index: int = 0) -> Layer:
+    """A whole layer."""
+    attention = Attention(num_key_value_heads=num_key_value_heads)
+    return Layer(attention=attention, ffn=FFN(intermediate_size=width), members=(index,))
+
+
+def base_layers(architecture: Architecture, wanted: Wanted) -> int:
+    """How many layers the base needs: as much to read as the model, but no more than caches can hold.
+
+    A part's weights come from memory in a large model, so they must not lie in a cache here.
+    """
+    element_bytes = 4 if wanted.dtype == "float32" else 2
+    layer = architecture.layer_parameters(base_layer(*wanted.base)) * element_bytes
+    model = sum(map(architecture.layer_parameters, architecture.layers)) * element_bytes
+    return max(1, -(-min(model, _LARGEST_CACHE) // layer))
 
 
 def build(architecture: Architecture, wanted: Wanted, part: Part, output: Path) -> Manifest:
@@ -189,12 +212,14 @@ def differences(results: Sequence[Mapping[Part, float]], wanted: Wanted) -> Meas
         part: [(round_[part] - round_[BASE]) / wanted.copies for round_ in results] for part in wanted.parts
     }
     parts = {part: median(values) for part, values in figures.items()}
-    first = ("attention", wanted.kv_heads[0]), ("ffn", wanted.widths[0])
-    outside = median(round_[BASE] for round_ in results) - sum(parts[part] for part in first)
+    own = zip(("attention", "ffn"), wanted.base, strict=True)
+    outside = median(round_[BASE] for round_ in results) - wanted.layers * sum(parts[part] for part in own)
     noise = max(max(values) - min(values) for values in figures.values())
+    if -noise * wanted.layers < outside <= 0:
+        outside = 0.0  # what is left of the base is less than the noise
     named = {f"{kind} {size}": seconds for (kind, size), seconds in parts.items()}
     for name, value in {**named, "outside": outside}.items():
-        if value <= 0:
+        if value < 0 or (value == 0 and name != "outside"):
             raise UserError(
                 f"{name}: measured as {value * 1e6:.1f} us, with a noise of {noise * 1e6:.1f} us; use a "
                 f"quiet machine, or more than --copies {wanted.copies} and --rounds {wanted.rounds}"
@@ -238,5 +263,5 @@ def profile(
         noise=found.noise,
         hardware=manifest.hardware,
         versions={name: version(name) for name in ("ffn-fusion", "torch")},
-        method={name: getattr(wanted, name) for name in ("copies", "rounds", "steps")},
+        method={name: getattr(wanted, name) for name in ("layers", "copies", "rounds", "steps")},
     )

@@ -21,7 +21,7 @@ from builder.search import measured
 from builder.search.latency import step_seconds
 from engines import profiling
 from engines.cli.profile import profile
-from engines.profiling import BASE, Part, Wanted, differences, engine_architecture, ladder
+from engines.profiling import BASE, Part, Wanted, base_layers, differences, engine_architecture, ladder
 from ffn_fusion import OneLineErrors
 
 WIDTHS = (64, 96, 256, 1024)
@@ -219,7 +219,7 @@ def test_an_engine_of_parts_is_built_and_timed(tmp_path: Path) -> None:
     manifest = profiling.build(architecture, wanted, ("ffn", 96), tmp_path / "engine")
     layers = manifest.architecture.layers
     assert [x.num_key_value_heads for x in layers] == [2, 0, 0]
-    assert [x.intermediate_size for x in layers] == [64, 96, 96]
+    assert [x.intermediate_size for x in layers] == [96, 96, 96]
     assert manifest.max_batch_size == 3
     assert sorted(x.name for x in tmp_path.iterdir()) == ["config.json", "engine"]
     start = time.perf_counter()
@@ -324,3 +324,14 @@ def test_the_command_looks_at_the_output_first(tmp_path: Path) -> None:
     result = run("profile", config, "-o", tmp_path / "no" / "table.json")
     assert result.exit_code == 1
     assert "no such directory" in result.output
+
+
+def test_the_base_is_as_large_as_the_model_but_not_larger_than_needed(tiny_hf: Path) -> None:
+    architecture = huggingface.read_architecture(tiny_hf)  # 6 layers of 2 KV heads and width 96
+    wanted = Wanted(kv_heads=(1, 2), widths=(24, 96, 384), context=64)
+    assert base_layers(architecture, wanted) == 6
+    wide = replace(wanted, widths=(24, 1_000_000, 2_000_000))  # 384 MB a layer
+    many = replace(
+        architecture, layers=engine_architecture(architecture, replace(wide, layers=99), BASE).layers
+    )
+    assert base_layers(many, wide) == 3

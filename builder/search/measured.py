@@ -72,7 +72,7 @@ def read(file: Path) -> Measured:
     for name in (*SHAPE, *CONDITIONS):
         if type(values[name]) is not int or values[name] < 1:
             raise UserError(f"{file}: {name} {values[name]!r} is not a positive integer; run `profile` again")
-    if not _is_seconds(values["outside"]):
+    if values["outside"] != 0 and not _is_seconds(values["outside"]):  # 0: less than the noise
         raise UserError(f"{file}: outside {values['outside']!r} is not a time; run `profile` again")
     parts = {name: _pairs(file, name, values[name]) for name in ("attention", "ffn")}
     return Measured(file=file, table=Table(**{**values, **parts}))

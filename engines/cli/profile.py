@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,7 @@ def _wanted(
 ) -> Wanted:
     """The given numbers of KV heads and widths, or those of the model and a ladder of widths."""
     from builder.plan import parse_layers
-    from engines.profiling import Wanted, ladder, rounded
+    from engines.profiling import Wanted, base_layers, ladder, rounded
 
     widths = {x.intermediate_size for x in architecture.layers if x.intermediate_size}
     heads = {x.num_key_value_heads for x in architecture.layers if x.num_key_value_heads}
@@ -123,7 +124,8 @@ def _wanted(
     else:
         rungs = ladder(sorted(widths), max_width or 4 * max(widths), options["tp_size"])
     chosen = sorted(heads if kv_heads is None else parse_layers(kv_heads))
-    return Wanted(kv_heads=tuple(chosen), widths=rungs, dtype=dtype, **options)
+    wanted = Wanted(kv_heads=tuple(chosen), widths=rungs, dtype=dtype, **options)
+    return replace(wanted, layers=base_layers(architecture, wanted))
 
 
 def _describe(table: Table, output: Path) -> str:
