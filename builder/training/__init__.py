@@ -1,1 +1,1 @@
-"""Training: the parent of the demo."""
+"""Training: the parent of the demo, and what makes a fused student as good as its parent."""
