@@ -59,3 +59,7 @@ for command in (*builder.cli.COMMANDS, *engines.cli.COMMANDS, *triton_repo.cli.C
 def build_engine() -> None:
     """The `build-engine` console script: the same command without the group."""
     main(["build-engine", *sys.argv[1:]], prog_name="ffn-fusion")
+
+
+if __name__ == "__main__":
+    main(prog_name="ffn-fusion")

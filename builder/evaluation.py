@@ -17,6 +17,7 @@ from builder.errors import UserError
 from builder.writer import Progress
 
 RESAMPLES = 2000  # of the bootstrap
+MAX_LOSS = 700.0  # nats whose exp is a float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,8 @@ def score(
         _sample_sums(logits(i), targets[i], None if parent_logits is None else parent_logits(i))
         for i in range(len(samples))
     ]
+    if not all(map(math.isfinite, (x for row in rows for x in row))):
+        raise UserError("model: its logits, or its parent's, are not finite numbers; `ffn-fusion verify` it")
     columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
     names = ("loss", "parent_loss", "kl", "agreed")
     return Scores(places=targets.shape[1], **dict(zip(names, columns, strict=False)))
@@ -185,5 +188,7 @@ def summarize(scores: Scores, seed: int = 0) -> Evaluation:
 
 def _perplexity(losses: Tensor, seed: int) -> Estimate:
     mean = estimate(losses, seed)
+    if max(mean.value, mean.high or 0.0) > MAX_LOSS:
+        raise UserError(f"model: a loss of {mean.value:.0f} nats per token; it is no language model any more")
     low, high = (None if x is None else math.exp(x) for x in (mean.low, mean.high))
     return Estimate(value=math.exp(mean.value), low=low, high=high)

@@ -57,8 +57,12 @@ def read_architecture(path: Path) -> Architecture:
 def read(directory: Path) -> Checkpoint:
     """A model directory as a Checkpoint; headers are read, weights are not."""
     if not directory.is_dir():
-        how = "; --random-weights takes a config.json" if directory.is_file() else ""
-        raise UserError(f"{directory}: no such model directory{how}")
+        if directory.is_file():
+            raise UserError(
+                f"{directory}: a file, not the directory with the weights; `convert` and `fuse` take a "
+                "config.json with --random-weights"
+            )
+        raise UserError(f"{directory}: no such model directory")
     architecture = read_architecture(directory)
     files = _weight_files(directory)
     sources: dict[str, Source] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from builder import tokenizer
+from builder.architecture import Architecture
 from builder.errors import UserError
 
 
@@ -24,7 +25,7 @@ def read_texts(files: Sequence[Path]) -> list[str]:
 
 def _documents(file: Path) -> Iterator[str]:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -45,6 +46,10 @@ def _json_text(file: Path, number: int, line: str) -> str:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{file}: line {number} has no "text" of type string; write {{"text": "..."}}')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{file}: line {number} has half a surrogate pair, which is no text") from None
     return text
 
 
@@ -56,13 +61,16 @@ def read_ids(tokenizer_dir: Path, files: Sequence[Path]) -> list[int]:
 
 
 def read_samples(
-    model: Path, files: Sequence[Path], count: int, length: int, *, vocab_size: int, seed: int = 0
+    model: Path, files: Sequence[Path], count: int, length: int, architecture: Architecture, seed: int = 0
 ) -> Tensor:
     """`count` pieces of `length` tokens that do not overlap, [count, length] of int64, chosen by `seed`.
 
     Fewer where the text has no more. Raises UserError where it has none, or has a token outside the
     vocabulary.
     """
+    longest, vocab_size = architecture.max_position_embeddings, architecture.vocab_size
+    if length > longest:
+        raise UserError(f"length: {length} is beyond the model's max_position_embeddings {longest}; lower it")
     ids = read_ids(model, files)
     names = ", ".join(map(str, files))
     if len(ids) < length:

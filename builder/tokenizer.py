@@ -21,7 +21,10 @@ def load(directory: Path) -> Tokenizer:
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{file}: missing; give the Hugging Face directory that has it")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001  (tokenizers raises nothing more precise)
+        raise UserError(f"{file}: no tokenizer can be read from it: {error}; copy it again") from None
 
 
 def end_ids(directory: Path) -> list[int]:
@@ -29,7 +32,10 @@ def end_ids(directory: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         value = read_json(directory / name).get("eos_token_id") if (directory / name).is_file() else None
         if value is not None:
-            return list(value) if isinstance(value, list) else [value]
+            ids = value if isinstance(value, list) else [value]
+            if any(type(x) is not int for x in ids):
+                raise UserError(f"{directory / name}: eos_token_id {value!r} is no token; correct the file")
+            return ids
     return []
 
 

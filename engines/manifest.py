@@ -77,12 +77,22 @@ class Manifest:
         write_json(directory / name, {**asdict(self), "architecture": self.architecture.to_dict()})
 
 
+_COUNTS = ("tp_size", "pp_size", "max_batch_size", "max_input_len", "max_seq_len", "kv_cache_blocks")
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("backend", "checkpoint_digest", "dtype", "device"), (str,)),
+    **dict.fromkeys(_COUNTS, (int,)),
+    **dict.fromkeys(("hardware", "compiler"), (dict,)),
+}
+
+
 def read(directory: Path) -> Manifest:
     """Read an engine directory's. Raises UserError where it is none of ours, or of another version."""
     file = directory / BESIDE
     if not file.is_file():
         file = directory / "config.json"
     values = read_json(file)
+    if "backend" not in values:
+        raise UserError(f"{file}: not an engine's; give what `build-engine` wrote")
     if values.get("version") != VERSION:
         raise UserError(f"{file}: version {values.get('version')!r} is not {VERSION}; build the engine again")
     wrong = {f.name for f in fields(Manifest)} ^ set(values)
@@ -92,4 +102,7 @@ def read(directory: Path) -> Manifest:
         architecture = Architecture.from_dict(values.pop("architecture"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: architecture is broken ({error}); build the engine again") from None
+    for name, kinds in _KINDS.items():
+        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
+            raise UserError(f"{file}: {name} is {str(values[name])[:40]!r}; build the engine again")
     return Manifest(architecture=architecture, **values)

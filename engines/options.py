@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,10 @@ class Size(click.ParamType):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
         if found is None or found[2] not in self._units:
             self.fail(f"{value!r} is not a size such as 512MB or 4GiB", param, ctx)
-        return int(float(found[1]) * self._units[found[2]])
+        size = float(found[1]) * self._units[found[2]]
+        if size > sys.maxsize:
+            self.fail(f"{str(value)[:40]!r} is more than any memory", param, ctx)
+        return int(size)
 
 
 _LIMITS: dict[str, tuple[Any, str]] = {  # of both

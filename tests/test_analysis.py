@@ -58,7 +58,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(model: Path, text_file: Path) -> torch.Tensor:
-    ids = text.read_samples(model, [text_file], SAMPLES, LENGTH, vocab_size=320, seed=1)
+    ids = text.read_samples(model, [text_file], SAMPLES, LENGTH, huggingface.read_architecture(model), seed=1)
     assert ids.shape == (SAMPLES, LENGTH)
     return ids
 

@@ -30,7 +30,8 @@ from engines.embedded.collectives import Alone
 from engines.embedded.graphs import Decoding, bucket
 from engines.embedded.model import EngineDecoder, new_cache
 from engines.embedded.plain import scaled_product, vector_product
-from engines.embedded.runtime import Runtime, _map_weights, _Program
+from engines.embedded.runtime import Runtime, _Program
+from engines.embedded.weights import mapped
 from engines.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def on_cuda(tiny_engine: Path) -> Manifest:
 
 @pytest.fixture(scope="module")
 def weights(tiny_engine: Path) -> dict[str, Tensor]:
-    return _map_weights(tiny_engine / "rank0.safetensors")
+    return mapped(tiny_engine / "rank0.safetensors", manifest.read(tiny_engine))
 
 
 @pytest.fixture(scope="module")

@@ -206,6 +206,9 @@ def copy_with(engine: Path, copy: Path, **changes: object) -> Path:
         ({"compiler": {"torch": "1.0.0", "cxx": "g++"}}, "torch 1.0.0"),
         ({"hardware": {"machine": "riscv64", "features": []}}, "riscv64"),
         ({"hardware": {"machine": os.uname().machine, "features": ["avx9000"]}}, "avx9000"),
+        ({"hardware": []}, r"hardware is '\[\]'"),
+        ({"tp_size": "two"}, "tp_size is 'two'"),
+        ({"kv_cache_blocks": True}, "kv_cache_blocks is 'True'"),
     ],
 )
 def test_an_engine_built_for_something_else_is_refused(
@@ -229,6 +232,20 @@ def test_truncated_weights_are_refused_by_the_rank(tiny_engine: Path, tmp_path: 
     os.truncate(engine / "rank0.safetensors", 100_000)
     with pytest.raises(UserError, match=r"rank0\.safetensors"):
         Session(engine)
+
+
+def test_weights_of_another_engine_are_refused(
+    tiny_engine: Path, tiny_engine_tp2: Path, tmp_path: Path
+) -> None:
+    engine = copy_with(tiny_engine, tmp_path / "engine")
+    shutil.copy(tiny_engine_tp2 / "rank0.safetensors", engine / "rank0.safetensors")
+    with pytest.raises(UserError, match=r"rank0\.safetensors: tensor '\S+' is not the engine's"):
+        Session(engine)
+
+
+def test_a_checkpoint_is_not_an_engine(tiny_checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="not an engine's; give what `build-engine` wrote"):
+        Session(tiny_checkpoint)
 
 
 def test_the_manifest_comes_back(tiny_engine_tp2: Path, tiny_checkpoint_tp2: Path) -> None:

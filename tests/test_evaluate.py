@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def samples_of(model: Path, data: Path) -> torch.Tensor:
-    return read_samples(model, [data], SAMPLES, LENGTH, vocab_size=320, seed=5)
+    return read_samples(model, [data], SAMPLES, LENGTH, huggingface.read_architecture(model), seed=5)
 
 
 def evaluated(model: Path, data: Path, *options: object) -> dict:
@@ -192,7 +192,8 @@ def test_logits_of_one_sample_are_in_memory(tiny_hf: Path, monkeypatch: pytest.M
     ("options", "code", "words"),
     [
         (("--data", "NONE"), 1, "none.txt: cannot be read"),
-        (("--data", "DATA", "--length", 100_000), 1, "give more text or a smaller --length"),
+        (("--data", "DATA", "--length", 257), 1, "length: 257 is beyond the model's max_position"),
+        (("--data", "SHORT", "--length", 200), 1, "give more text or a smaller --length"),
         (("--data", "DATA", "--drop-attention", "9"), 1, "drop_attention: layer 9 does not exist"),
         (("--data", "DATA", "--parallel-blocks", "4-6"), 1, "parallel: 4-6 is no window"),
         (("--data", "DATA", "--norm", "last"), 2, "--norm says how to fuse"),
@@ -204,7 +205,8 @@ def test_logits_of_one_sample_are_in_memory(tiny_hf: Path, monkeypatch: pytest.M
     ],
 )
 def test_wrong_use(tiny_hf: Path, data: Path, tmp_path: Path, options: tuple, code: int, words: str) -> None:
-    names = {"DATA": data, "NONE": tmp_path / "none.txt"}
+    names = {"DATA": data, "NONE": tmp_path / "none.txt", "SHORT": tmp_path / "short.txt"}
+    names["SHORT"].write_text("too short")
     result = run("evaluate", tiny_hf, *(names.get(x, x) for x in options))
     assert result.exit_code == code, result.output
     assert words in result.stderr
@@ -247,3 +249,15 @@ def test_help_imports_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "--parallel-blocks" in result.stdout
+
+
+def test_text_with_half_a_surrogate_pair_is_named(tiny_hf: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "good"}\n{"text": "\\ud800 bad"}\n')
+    with pytest.raises(UserError, match=r"text\.jsonl: line 2 has half a surrogate pair"):
+        samples_of(tiny_hf, file)
+
+
+def test_a_loss_beyond_any_perplexity_is_an_error() -> None:
+    with pytest.raises(UserError, match="a loss of 800 nats per token"):
+        summarize(Scores(places=2, loss=torch.tensor([1600.0, 1600.0])))

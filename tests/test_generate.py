@@ -88,7 +88,9 @@ def test_a_value_out_of_range_is_one_line(tiny_engine: Path, tiny_hf: Path) -> N
     command = ["generate", str(tiny_engine), "--tokenizer", str(tiny_hf), "--prompt", "x"]
     result = CliRunner().invoke(main, [*command, "--repetition-penalty", "0"])
     assert result.exit_code == 1
-    assert result.stderr.strip() == "error: repetition_penalty: 0.0 is not above 0; 1 is none"
+    assert (
+        result.stderr.strip() == "error: repetition_penalty: 0.0 is not between 0.0001 and 10000; 1 is none"
+    )
 
 
 def test_a_hanging_engine_is_killed_after_the_step_timeout(
@@ -107,3 +109,26 @@ def test_a_hanging_engine_is_killed_after_the_step_timeout(
     assert result.exit_code == 1
     assert "no step has ended for 1 s, so the engine was killed; rank 0 is stopped" in result.stderr
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--stop-words", "--bad-words"])
+def test_text_that_is_not_utf8_is_wrong_use(tiny_engine: Path, tiny_hf: Path, option: str) -> None:
+    command = ["generate", str(tiny_engine), "--tokenizer", str(tiny_hf), "--prompt", "x"]
+    result = CliRunner().invoke(main, [*command, option, "a\udcff"])
+    assert result.exit_code == 2
+    assert "is not UTF-8 text" in result.stderr
+
+
+def test_a_time_that_is_no_number_is_wrong_use(tiny_engine: Path, tiny_hf: Path) -> None:
+    command = ["generate", str(tiny_engine), "--tokenizer", str(tiny_hf), "--prompt", "x"]
+    result = CliRunner().invoke(main, [*command, "--step-timeout", "nan"])
+    assert result.exit_code == 2
+    assert "nan is not a finite number" in result.stderr
+
+
+def test_a_broken_tokenizer_is_named(tiny_engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    command = ["generate", str(tiny_engine), "--tokenizer", str(tmp_path), "--prompt", "x"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {tmp_path / 'tokenizer.json'}: no tokenizer can be read")

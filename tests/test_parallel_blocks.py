@@ -34,8 +34,9 @@ from engines import manifest
 from engines.embedded import program, quality
 from engines.embedded.collectives import Alone
 from engines.embedded.compilation import build
-from engines.embedded.runtime import Runtime, _map_weights
+from engines.embedded.runtime import Runtime
 from engines.embedded.session import Request, Session
+from engines.embedded.weights import mapped
 from engines.onnx_export import segments
 from ffn_fusion import main
 from triton_repo import facts
@@ -370,7 +371,7 @@ def test_a_gpus_programs_give_the_reference_decoders_logits(engine: Path, refere
     """Their operators, not compiled, on the CPU."""
     made = manifest.read(engine)
     on_cuda = replace(made, device="cuda", hardware={**made.hardware, **GPU})
-    weights, cache = _map_weights(engine / "rank0.safetensors"), pool(on_cuda)
+    weights, cache = mapped(engine / "rank0.safetensors", made), pool(on_cuda)
     first = prefill(eager(on_cuda, "prefill", weights), cache, (6, 7), PROMPT)
     prefill(eager(on_cuda, "prefill", weights), cache, (1,), PROMPT[:1])
     second = eager(on_cuda, "decode", weights)(*STEP, cache)

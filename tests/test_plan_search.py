@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -750,6 +751,11 @@ def test_measured_costs(model: Path, analysis: Path, tmp_path: Path) -> None:
         (("--max-latency", "0.5"), 1, "--max-latency: 0.5 ms cannot be met; the closest is"),
         (("--target-speedup", "0"), 2, "--target-speedup"),
         (("--min-quality", "1.5"), 2, "--min-quality"),
+        (("--target-speedup", "nan"), 2, "nan is not a finite number"),
+        (("--max-latency", "inf"), 2, "inf is not a finite number"),
+        (("--min-quality", "nan"), 2, "nan is not a finite number"),
+        (("--drop-attention", "0-5"), 1, "no attention would be left"),
+        (("--context", "1" + 330 * "0"), 2, "--context"),
         (("--gpu", "tpu"), 2, "'tpu' is not one of"),
         (("--keep-attention", "9"), 1, "keep_attention: layer 9 does not exist"),
         (("--keep-attention", "x"), 1, "'x' is not a layer number"),
@@ -783,6 +789,63 @@ def test_bad_inputs(model: Path, tmp_path: Path) -> None:
     assert "--plan: parallel is not searched with" in fails(model, "--tp", 1, "--plan", windows)
     for options in (("--analysis", tmp_path), ("--min-quality", 0.9)):
         assert "Error" in run(SUPER_49B, *options, code=2)
+
+
+def test_memory_that_nothing_can_change() -> None:
+    assert "--max-memory: 5 GB cannot be met; the closest is" in fails(
+        SUPER_49B, "--tp", 8, "--max-memory", 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("drops", "groups", "message"),
+    [
+        ("3-5", [[3, 99]], "fuse: group 3-99 is no run of two or more of the layers 0-5"),
+        ("0-3", [[-1, 3]], "fuse: group -1-3 is no run of two or more"),
+        ("3-5", [[3, 3]], "fuse: group 3-3 is no run"),
+        ("2-5", [[2, 4], [3, 5]], "fuse: group 3-5 overlaps another"),
+    ],
+)
+def test_groups_that_do_not_fit(
+    model: Path, tmp_path: Path, drops: str, groups: object, message: str
+) -> None:
+    file = tmp_path / "given.yaml"
+    file.write_text(json.dumps({"drop_attention": drops, "fuse": groups}))
+    assert message in fails(model, "--tp", 1, "--plan", file)
+
+
+def test_a_group_with_a_dropped_ffn_in_it(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "given.yaml"
+    file.write_text(json.dumps({"drop_attention": "2-5", "drop_ffn": [2], "fuse": [[2, 4]]}))
+    result = json.loads(run(model, "--tp", 1, "--plan", file, "--json"))
+    assert [(x["first"], x["last"], x["members"]) for x in result["solutions"][0]["groups"]] == [(3, 4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("alternatives", 0, "kl"), math.nan, "kl is nan, which nothing measures"),
+        (("alternatives", 0, "kl"), -5, "kl is -5, which nothing measures"),
+        (("alternatives", 0, "kl"), math.inf, "kl is inf"),
+        (("alternatives", 0, "kl"), 10**400, "kl is 1000"),
+        (("alternatives", 0, "layer"), 99, "layer 99 does not exist, there are 0-5"),
+        (("alternatives", 0, "size"), -1, "size below 0"),
+        (("planned_drops",), [True], "is not a list of int"),
+        (("dependency", "model"), [[0.0]], "dependency.model has 1 rows for 6 layers"),
+        (("dependency", "model", 0, 1), math.nan, "dependency has nan"),
+        (("layers", 0, "ffn"), None, "layer 0 is another one than the model's"),
+    ],
+)
+def test_an_analysis_that_is_not_sound(
+    model: Path, tmp_path: Path, path: tuple[Any, ...], value: object, message: str
+) -> None:
+    directory = write_analysis(tmp_path / "broken", model)
+    values = place = json.loads((directory / "analysis.json").read_text())
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (directory / "analysis.json").write_text(json.dumps(values))
+    assert message in fails(model, "--analysis", directory, "--tp", 2)
 
 
 def fails(*arguments: object) -> str:

@@ -324,7 +324,7 @@ def test_wrong_use(command: str, tiny_hf: Path, config: Path, tmp_path: Path) ->
         ((tiny_hf, "--random-weights"), 2, "has weights; leave out --random-weights"),
         ((config, "--seed", 1), 2, "--seed is for --random-weights"),
         ((config, "--random-weights", "--seed", -1), 2, "-1"),
-        ((config,), 1, "--random-weights takes a config.json"),
+        ((config,), 1, "take a config.json with --random-weights"),
         ((tmp_path / "none", "--random-weights"), 1, "no such model directory or config.json"),
     ]
     for arguments, code, words in cases:

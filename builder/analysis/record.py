@@ -184,10 +184,9 @@ def read(path: Path) -> Analysis:
         raise UserError(f"{file}: version {version!r}, this release reads {VERSION}; run `analyze` again")
     try:
         analysis = _analysis(values)
+        _check(analysis)
     except _BrokenError as error:
         raise UserError(f"{file}: {error}; run `analyze` again") from None
-    if len(analysis.layers) != analysis.num_layers:
-        raise UserError(f"{file}: {len(analysis.layers)} layers, num_layers says {analysis.num_layers}")
     return analysis
 
 
@@ -203,7 +202,30 @@ def read_channels(path: Path) -> dict[int, np.ndarray]:
         if not layer.isdecimal() or part != "ffn" or len(source.shape) != 1:
             raise UserError(f"{file}: tensor {name!r} is not layers.N.ffn; run `analyze` again")
         channels[int(layer)] = source.read_all()
+        if not np.isfinite(channels[int(layer)]).all():
+            raise UserError(f"{file}: {name} has numbers that are not finite; run `analyze` again")
     return dict(sorted(channels.items()))
+
+
+def _check(analysis: Analysis) -> None:
+    """That the parts fit one another."""
+    count = analysis.num_layers
+    if len(analysis.layers) != count:
+        raise _BrokenError(f"{len(analysis.layers)} layers, num_layers says {count}")
+    for name, matrix in (("model", analysis.dependency.model), ("dropped", analysis.dependency.dropped)):
+        if matrix is not None and len(matrix) != count:
+            raise _BrokenError(f"dependency.{name} has {len(matrix)} rows for {count} layers")
+    runs = [(x.first, x.last) for x in analysis.windows] + [(x.first, x.last) for x in analysis.groups]
+    named = (
+        *analysis.planned_drops,
+        *(x.layer for x in analysis.alternatives),
+        *(i for x in runs for i in x),
+    )
+    wrong = next((i for i in named if not 0 <= i < count), None)
+    if wrong is not None:
+        raise _BrokenError(f"layer {wrong!r} does not exist, there are 0-{count - 1}")
+    if any(x.size < 0 for x in analysis.alternatives):
+        raise _BrokenError("an alternative has a size below 0")
 
 
 class _BrokenError(Exception):
@@ -252,6 +274,7 @@ def _group(values: Any) -> GroupAnalysis:
     return _make(GroupAnalysis, values, fused_with_last=last, **measured)
 
 
+_LARGEST = 1e300
 _PLAIN: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,)}
 
 
@@ -264,8 +287,15 @@ def _make(kind: type[T], values: Any, **readers: Callable[[Any], Any]) -> T:
     for name, annotation in names.items():
         types = _PLAIN.get(annotation)
         if types and (not isinstance(values[name], types) or isinstance(values[name], bool)):
-            raise _BrokenError(f"{name} is {values[name]!r}, not a {annotation}")
+            raise _BrokenError(f"{name} is {str(values[name])[:40]}, not a {annotation}")
+        if annotation == "float" and not _is_sound(name, values[name]):
+            raise _BrokenError(f"{name} is {str(values[name])[:40]}, which nothing measures")
     return kind(**{name: readers[name](x) if name in readers else x for name, x in values.items()})
+
+
+def _is_sound(name: str, value: float) -> bool:
+    """Finite, and a KL not below 0 by more than rounding."""
+    return -_LARGEST < value < _LARGEST and (name != "kl" or value > -1e-3)
 
 
 def _optional(reader: Callable[[Any], T]) -> Callable[[Any], T | None]:
@@ -275,7 +305,7 @@ def _optional(reader: Callable[[Any], T]) -> Callable[[Any], T | None]:
 def _tuple(value: Any, reader: Callable[[Any], T]) -> tuple[T, ...]:
     if not isinstance(value, list):
         raise _BrokenError(f"{str(value)[:40]!r} is not a list")
-    if isinstance(reader, type) and not all(isinstance(x, reader) for x in value):
+    if isinstance(reader, type) and not all(type(x) is reader for x in value):
         raise _BrokenError(f"{str(value)[:40]!r} is not a list of {reader.__name__}")
     return tuple(reader(x) for x in value)
 
@@ -289,5 +319,7 @@ def _matrix(value: Any) -> Matrix:
 
 def _number(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _BrokenError(f"{value!r} is not a number")
+        raise _BrokenError(f"{str(value)[:40]!r} is not a number")
+    if not _is_sound("dependency", value):
+        raise _BrokenError(f"dependency has {str(value)[:40]}, which nothing measures")
     return float(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from builder.analysis.record import Fidelity
 from builder.analysis.sums import Key, Sums
 from builder.checkpoint import Checkpoint
 from builder.decoder import RMSNorm, to_tensor
+from builder.errors import UserError
+from builder.evaluation import MAX_LOSS
 
 _PIECE = 1 << 24  # logits at once
 
@@ -79,7 +82,10 @@ def kl(sums: Sums, key: Key, tokens: int) -> float:
 
 def perplexity(sums: Sums, key: Key, targets: int) -> float:
     """exp of the mean loss over `targets` tokens."""
-    return float(torch.tensor(sums.mean(("loss", *key), targets), dtype=torch.float64).exp())
+    loss = sums.mean(("loss", *key), targets)
+    if loss > MAX_LOSS:
+        raise UserError(f"model: a loss of {loss:.0f} nats per token; it is no language model any more")
+    return math.exp(loss)
 
 
 def fidelity(sums: Sums, key: Key, tokens: int, targets: int) -> Fidelity:

@@ -93,10 +93,7 @@ def analyze(
     plan = team.together(lambda: _plan(options["plan_file"], options["drop_attention"], options["groups"]))
     team.first(lambda: page.check_output(output))
     checkpoint = team.together(lambda: huggingface.read(model))
-    vocab_size = checkpoint.architecture.vocab_size
-    ids = team.first(
-        lambda: text.read_samples(model, files, samples, length, vocab_size=vocab_size, seed=seed)
-    )
+    ids = team.first(lambda: text.read_samples(model, files, samples, length, checkpoint.architecture, seed))
     data = Data(files=tuple(map(str, files)), samples=len(ids), length=length, seed=seed, tokens=ids.numel())
     settings = Settings(
         batch=options["batch"],

@@ -26,6 +26,9 @@ _PARTS = {
 }
 
 
+MOST = 1_000_000_000  # tokens or sequences
+
+
 @click.command()
 @click.argument("model", type=DIRECTORY)
 @plan_options
@@ -36,9 +39,13 @@ _PARTS = {
     "--pp", "pp_size", type=click.IntRange(1), default=1, show_default=True, help="Pipeline stages."
 )
 @click.option("--nodes", type=click.IntRange(1), help="Machines. Default: as few as have 8 GPUs each.")
-@click.option("--batch", type=click.IntRange(1), help="Sequences at once. Default: 1.")
-@click.option("--context", type=click.IntRange(1), help="Tokens of each in the KV cache. Default: 2048.")
-@click.option("--prompt", type=click.IntRange(1), help="Tokens before the first one. Default: --context.")
+@click.option("--batch", type=click.IntRange(1, MOST), help="Sequences at once. Default: 1.")
+@click.option(
+    "--context", type=click.IntRange(1, MOST), help="Tokens of each in the KV cache. Default: 2048."
+)
+@click.option(
+    "--prompt", type=click.IntRange(1, MOST), help="Tokens before the first one. Default: --context."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["fp8", "bfloat16"]),

@@ -74,7 +74,7 @@ def evaluate(
     from builder.text import read_samples
 
     architecture = child.architecture
-    tokens = read_samples(model, data, samples, length, vocab_size=architecture.vocab_size, seed=seed)
+    tokens = read_samples(model, data, samples, length, architecture, seed)
     weights = [x for c in (child, other) if c for n, x in c.tensors.items() if n.startswith("layers.")]
     with progress_bar("evaluating", sum(x.num_bytes for x in weights)) as progress:
         found = summarize(score(child, tokens, other, batch=batch, progress=progress), seed)
@@ -85,10 +85,12 @@ def evaluate(
         "layers": len(architecture.layers),
         "parallel_blocks": [list(window) for window in architecture.parallel],
         "data": {"files": [str(x) for x in data], "samples": len(tokens), "length": length, "seed": seed},
+        "basis": "measured",
         **asdict(found),
     }
     heading = f"{model}: {len(architecture.layers)} layers{', changed as asked' if plan else ''}"
-    footing = f"{len(tokens)} samples of {length} tokens, seed {seed}; 95% intervals over samples"
+    intervals = "; 95% intervals over samples" if len(tokens) > 1 else ""
+    footing = f"{len(tokens)} samples of {length} tokens, seed {seed}{intervals}"
     emit(result, as_json, "\n".join((heading, *_lines(found), footing)))
 
 

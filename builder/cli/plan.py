@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from builder.errors import UserError
-from builder.options import DIRECTORY, JSON, emit
+from builder.options import DIRECTORY, JSON, Finite, emit
 
 if TYPE_CHECKING:
     from builder.architecture import Architecture
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SPEEDUP = 1.25
 _DEFAULTS = {"tp_size": 8, "batch": 1, "context": 2048}
-POSITIVE = click.FloatRange(min=0, min_open=True)
+MOST = 1_000_000_000  # tokens or sequences
+POSITIVE = Finite(min=0, min_open=True)
 
 
 @click.command()
@@ -29,14 +30,14 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--analysis", "analysis_dir", type=DIRECTORY, help="What `analyze` wrote of MODEL.")
 @click.option("--tp", "tp_size", type=click.IntRange(1), help="Tensor-parallel ranks. Default: 8.")
 @click.option("--gpu", type=click.Choice(["h100", "h200"]), help="Default: h100, unless --profile is given.")
-@click.option("--batch", type=click.IntRange(1), help="Sequences at once. Default: 1.")
-@click.option("--context", type=click.IntRange(1), help="Tokens of each in the KV cache. Default: 2048.")
+@click.option("--batch", type=click.IntRange(1, MOST), help="Sequences at once. Default: 1.")
+@click.option(
+    "--context", type=click.IntRange(1, MOST), help="Tokens of each in the KV cache. Default: 2048."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["fp8", "bfloat16"]),
-    default="fp8",
-    show_default=True,
-    help="Of the layers' matrices.",
+    help="Of the layers' matrices. Default: fp8, or the table's with --profile.",
 )
 @click.option("--kv-dtype", type=click.Choice(["fp8", "bfloat16"]), help="Of the KV cache. Default: --dtype.")
 @click.option("--profile", type=DIRECTORY, help="Seconds measured by `profile`, in the place of estimates.")
@@ -45,7 +46,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--max-memory", type=POSITIVE, metavar="GB", help="Of weights and KV cache on a GPU, at most.")
 @click.option(
     "--min-quality",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Finite(0, 1, min_open=True),
     metavar="Q",
     help="exp(-KL(MODEL || plan)) is at least Q, 1 is MODEL's.",
 )
@@ -165,13 +166,16 @@ def _conditions(architecture: Architecture, options: dict[str, Any]) -> Conditio
     from builder.search.setting import Setting
 
     costs: Costs | None = None
+    dtypes = {"dtype": options["dtype"] or "fp8", "kv_dtype": options["kv_dtype"]}
     widest, given = None, {name: options[name] for name in _DEFAULTS if options[name]}
     if options["profile"]:
+        if options["dtype"] or options["kv_dtype"]:
+            raise click.UsageError("--profile has its own --dtype and --kv-dtype; leave them out")
         costs = table = measured.read(options["profile"])
+        dtypes = {"dtype": table.table.quant or table.table.dtype, "kv_dtype": table.table.dtype}
         table.check(architecture, **given)
         widest, given = table.widest, {name: getattr(table.table, name) for name in _DEFAULTS}
     kind = gpu.named(options["gpu"] or "h100")
-    dtypes = {name: options[name] for name in ("dtype", "kv_dtype")}
     setting = Setting(gpu=kind, **dtypes, **{**_DEFAULTS, **given})
     known_gpu = options["gpu"] or not options["profile"]
     return Conditions(

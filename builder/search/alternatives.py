@@ -120,8 +120,12 @@ class Pins:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The groups that are decided."""
-        return tuple(sorted(self.plan.fuse or ()))
+        """The groups that are decided, from the first FFN that is left in each to the last."""
+        groups = []
+        for first, last in sorted(self.plan.fuse or ()):
+            members = [i for i in range(first, last + 1) if i not in self.plan.drop_ffn]
+            groups.append((members[0], members[-1]))
+        return tuple(groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,11 +284,26 @@ def _check(architecture: Architecture, pins: Pins) -> None:
                 raise UserError(f"{key}: layer {index} does not exist; the model has 0-{len(layers) - 1}")
             if getattr(layers[index], part) is None and not key.startswith("keep"):
                 raise UserError(f"{key}: layer {index} has no {_TITLES[part]}; leave it out")
+    _check_groups(pins, len(layers))
     for part in ("attention", "ffn"):
         changed = {index for key in named if part in key and "keep" not in key for index in named[key]}
         both = sorted(changed & set(named[f"keep_{part}"]))
         if both:
             raise UserError(f"keep_{part}: layer {both[0]} is changed by hand as well; name it once")
+
+
+def _check_groups(pins: Pins, num_layers: int) -> None:
+    previous = -1
+    for first, last in sorted(pins.plan.fuse or ()):
+        if not 0 <= first < last < num_layers:
+            raise UserError(
+                f"fuse: group {first}-{last} is no run of two or more of the layers 0-{num_layers - 1}"
+            )
+        if first <= previous:
+            raise UserError(f"fuse: group {first}-{last} overlaps another; layers belong to one group")
+        if not any(i not in pins.plan.drop_ffn for i in range(first, last)):
+            raise UserError(f"fuse: group {first}-{last} has fewer than two FFNs; leave it out")
+        previous = last
 
 
 _TITLES = {"attention": "attention", "ffn": "FFN"}

@@ -166,7 +166,7 @@ class Program:
 
     def _limit(self, rows: Rows, name: Quantity, limit: float) -> None:
         values = self.coefficients[name]
-        scale = max(float(np.abs(values).max()), 1e-300)
+        scale = float(np.abs(values).max()) or 1.0
         terms = [(int(i), float(values[i] / scale)) for i in np.flatnonzero(values)]
         rows.add(terms, upper=(limit - self.constants[name]) / scale)
 

@@ -252,6 +252,8 @@ class Search:
         child = plan.apply(self.checkpoint).architecture
         if child != self.checkpoint.architecture:
             model_class(child)  # refuses what no format can say
+        if not child.num_attention_layers and self.checkpoint.architecture.num_attention_layers:
+            raise UserError("plan: no attention would be left, which no runtime takes; keep one")
         chosen: list[Option[Any]] = [
             *(x.attention[i] for x, i in zip(self.space.layers, solution.attention, strict=True)),
             *(x.ffn[i] for x, i in zip(self.space.layers, solution.ffn, strict=True)),
@@ -367,6 +369,14 @@ def read_scores(checkpoint: Checkpoint, directory: Path) -> Scores:
         raise UserError(
             f"{directory}: made for model {analysis.model[:12]}, this one is {checkpoint.digest[:12]}; run "
             "`ffn-fusion analyze` on this model"
+        )
+    for index, (seen, layer) in enumerate(zip(analysis.layers, checkpoint.architecture.layers, strict=False)):
+        if (seen.attention is None, seen.ffn is None) != (layer.attention is None, layer.ffn is None):
+            raise UserError(f"{directory}: layer {index} is another one than the model's; analyze it again")
+    if analysis.num_layers != len(checkpoint.architecture.layers):
+        raise UserError(
+            f"{directory}: {analysis.num_layers} layers, the model has "
+            f"{len(checkpoint.architecture.layers)}; analyze it again"
         )
     return Scores.of(analysis, record.read_channels(directory))
 

@@ -8,7 +8,7 @@ from builder.errors import UserError
 from builder.search.gpu import Gpu
 
 GPUS_PER_NODE = 8
-ELEMENT_BYTES = {"fp8": 1, "bfloat16": 2}
+ELEMENT_BYTES = {"fp8": 1, "int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True)

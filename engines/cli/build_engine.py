@@ -122,6 +122,11 @@ def _build_embedded(
         raise click.UsageError("--data and --tokenizer go together")
     if data is not None and "quant" not in given:
         raise click.UsageError("--data is for --quant")
+    windows = None
+    if data and tokenizer:
+        from engines.embedded import quality
+
+        windows = quality.read_text(data, tokenizer)
     start = time.monotonic()
     manifest = build(
         checkpoint,
@@ -140,7 +145,7 @@ def _build_embedded(
     if manifest.quant:
         from engines.embedded import quality
 
-        windows = quality.read_text(data, tokenizer) if data and tokenizer else quality.own_text(output)
+        windows = quality.own_text(output) if windows is None else windows
         cost = quality.cost(checkpoint, output, windows, own=data is None)
         _report(cost.describe(manifest.quant))
     _emit_engine(manifest, output, seconds, as_json, {"quality": asdict(cost)} if cost else {})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from builder.errors import UserError
-from builder.options import DIRECTORY, JSON, emit
+from builder.options import DIRECTORY, JSON, Finite, emit
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,8 +57,15 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--prompt", required=True, help="The text to continue.")
 @_sampling_options
-@click.option("--stop-words", multiple=True, metavar="TEXT", help="The text ends after it; repeatable.")
-@click.option("--bad-words", multiple=True, metavar="TEXT", help="Never said; repeatable.")
+@click.option(
+    "--stop-words", multiple=True, metavar="TEXT", help="The text ends after these tokens; repeatable."
+)
+@click.option(
+    "--bad-words",
+    multiple=True,
+    metavar="TEXT",
+    help="Its tokens are never said; ' x' has others than 'x'. Repeatable.",
+)
 @click.option(
     "--hosts",
     metavar="A:N,B:N",
@@ -66,7 +73,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option(
     "--step-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=Finite(0, min_open=True),
     default=600,
     show_default=True,
     help="Seconds without a step after which the engine is killed.",
@@ -92,6 +99,8 @@ def generate(
         ffn-fusion generate engine --tokenizer model --prompt 'import ' --max-tokens 32
         ffn-fusion generate engine --tokenizer model --prompt 'Once' --temperature 0.8 --top-p 0.95 --seed 7
     """
+    for given in (prompt, *stop_words, *bad_words):
+        _check_text(given)
     from builder import tokenizer as tokenizers
     from engines.embedded.session import EngineError, Request, Session
 
@@ -123,6 +132,13 @@ def generate(
         result["log_probs"] = [x for output in outputs for x in output.log_probs]
         result["cum_log_prob"] = last.cum_log_prob
     emit(result, as_json, "")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise click.UsageError(f"{text!r} is not UTF-8 text") from None
 
 
 def _words(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

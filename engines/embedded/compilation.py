@@ -13,21 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from builder import rows, trtllm, writer
+from builder import trtllm, writer
 from builder.architecture import Window
-from builder.checkpoint import Checkpoint
 from builder.errors import UserError
 from builder.storage import output_directory
 from builder.surgery.parallel import parallelize
-from builder.tensors import FP8, INT8, Expression
+from builder.tensors import Expression
 from engines.embedded import cache, compiler, target
-from engines.embedded.process import package_root
+from engines.embedded.process import end_with_parent, package_root
 from engines.embedded.step import BLOCK_SIZE, num_blocks
+from engines.embedded.weights import stored
 from engines.manifest import Manifest
 from engines.mpi import inner_environment
 
 DTYPES = ("float32", "bfloat16")
-SMALL = {"int8": INT8, "fp8": FP8}  # what `quant` makes of matrices
 
 Report = Callable[[str], None]
 
@@ -91,7 +90,7 @@ def build(
     manifest.check_limits()
     target.check_device(manifest)
     manifest = replace(manifest, kv_cache_blocks=_kv_cache_blocks(manifest, kv_cache_memory))
-    ranks = [_weights(checkpoint.rank(r), manifest) for r in range(checkpoint.tp_size)]
+    ranks = [stored(checkpoint.rank(r), manifest) for r in range(checkpoint.tp_size)]
     num_bytes = sum(x.num_bytes for rank in ranks for x in rank.values())
     with output_directory(output, num_bytes) as directory:
         manifest.write(directory)
@@ -123,15 +122,9 @@ def _engine_dtype(stored: str, wanted: str | None) -> str:
     if dtype not in DTYPES:
         whose = "asked for" if wanted else "of the checkpoint"
         raise UserError(
-            f"dtype: {dtype!r} {whose} is not one the embedded engine runs; give --dtype bfloat16"
+            f"dtype: {dtype!r} {whose} is not one the embedded engine runs; give --dtype bfloat16 or float32"
         )
     return dtype
-
-
-def _weights(rank: Checkpoint, manifest: Manifest) -> dict[str, Expression]:
-    """A rank's tensors in the engine's precision."""
-    tensors = rank.cast(manifest.dtype).decoder_tensors()
-    return rows.quantize(tensors, SMALL[manifest.quant]) if manifest.quant else tensors
 
 
 def _write_weights(directory: Path, ranks: list[dict[str, Expression]], report: Report) -> None:
@@ -205,6 +198,7 @@ def _start(directory: Path, name: str, key: str) -> _Compilation:
         cwd=package_root(),
         env=inner_environment(),
         start_new_session=True,
+        preexec_fn=end_with_parent,
     )
     start = time.monotonic()
     return _Compilation(name=name, file=directory / name, key=key, process=process, log=log, start=start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -67,7 +68,8 @@ def follow(runtime: Runtime, communicator: Communicator) -> None:
 
 def serve(engine: Path, communicator: Communicator, connection: Connection | None) -> None:
     """Load this rank and work until the session ends."""
-    torch.set_num_threads(max(1, hardware.cores() // communicator.local_size))
+    if not os.environ.get("OMP_NUM_THREADS", "").isdecimal():  # torch has read that one
+        torch.set_num_threads(max(1, hardware.cores() // communicator.local_size))
     torch.set_grad_enabled(False)
     runtime = Runtime(engine, communicator)
     pids = communicator.gather_pids()

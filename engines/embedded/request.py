@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ from builder.errors import UserError
 from engines.embedded.step import BLOCK_SIZE, num_blocks
 from engines.manifest import Manifest
 
+LARGEST = 1e4  # of temperatures and penalties: logits stay far from the ends of float32
 FinishReason = Literal["length", "end_id", "stop_words"]
 
 
@@ -63,19 +63,22 @@ class Request:
                 raise UserError(f"{name}: an entry is empty; leave it out")
 
     def _check_sampling(self) -> None:
-        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature: {self.temperature} is not 0 or more; 0 is greedy")
+        if self.temperature is not None and not 0 <= self.temperature <= LARGEST:
+            raise UserError(f"temperature: {self.temperature} is not between 0 and {LARGEST:g}; 0 is greedy")
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"top_k: {self.top_k} is negative; 0 keeps all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is not above 0 and at most 1; 1 keeps all tokens")
 
     def _check_penalties(self) -> None:
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UserError(f"repetition_penalty: {self.repetition_penalty} is not above 0; 1 is none")
+        if not 1 / LARGEST <= self.repetition_penalty <= LARGEST:
+            raise UserError(
+                f"repetition_penalty: {self.repetition_penalty} is not between {1 / LARGEST:g} and "
+                f"{LARGEST:g}; 1 is none"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name}: {getattr(self, name)} is not a number; 0 is none")
+            if not abs(getattr(self, name)) <= LARGEST:
+                raise UserError(f"{name}: {getattr(self, name)} is not a number up to {LARGEST:g}; 0 is none")
         for name in ("prompt_ignore_length", "min_tokens"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)} is negative; give 0 or more")

@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._inductor import aoti_load_package
 
 from builder.decoder import rope_frequencies
-from builder.tensorfile import read_header
-from engines.embedded import cuda, kernels, target
+from engines.embedded import cuda, kernels, target, weights
 from engines.embedded.collectives import Communicator
 from engines.embedded.graphs import Decoding
 from engines.embedded.model import new_cache
@@ -91,7 +89,7 @@ class Runtime:
 class _Program:
     """A compiled program called with its flat inputs, without the tree handling of torch's own caller."""
 
-    def __init__(self, package: Path, weights: dict[str, Tensor], device: torch.device) -> None:
+    def __init__(self, package: Path, tensors: dict[str, Tensor], device: torch.device) -> None:
         # Without its threads' bookkeeping, which a CUDA graph could not record.
         with _unpacked_out_of_sight():
             model = aoti_load_package(
@@ -99,7 +97,7 @@ class _Program:
                 run_single_threaded=True,
                 device_index=-1 if device.index is None else device.index,
             )
-        constants = {name: weights[name] for name in model.get_constant_fqns()}
+        constants = {name: tensors[name] for name in model.get_constant_fqns()}
         model.load_constants(constants, check_full_update=True, user_managed=True)  # no copy: kept by Runtime
         self._loader = model.loader
 
@@ -126,16 +124,6 @@ def _unpacked_out_of_sight() -> Iterator[None]:
 def _weights(engine: Path, manifest: Manifest, rank: int, device: torch.device) -> dict[str, Tensor]:
     """A rank's tensors on the device; on the CPU they stay in the mapped file."""
     architecture = manifest.architecture
-    weights = _map_weights(engine / f"rank{rank}.safetensors")
-    weights["rope_frequencies"] = rope_frequencies(architecture.rope, architecture.head_dim)
-    return {name: x.to(device) for name, x in weights.items()}
-
-
-def _map_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a rank file, mapped and not read, so that sessions share their pages."""
-    sources = read_header(file)
-    data = torch.from_numpy(np.memmap(file, mode="c"))
-    return {
-        name: data[x.offset : x.offset + x.num_bytes].view(getattr(torch, x.dtype)).view(x.shape)
-        for name, x in sources.items()
-    }
+    tensors = weights.mapped(engine / f"rank{rank}.safetensors", manifest)
+    tensors["rope_frequencies"] = rope_frequencies(architecture.rope, architecture.head_dim)
+    return {name: x.to(device) for name, x in tensors.items()}
