@@ -27,6 +27,15 @@ def load(directory: Path) -> Tokenizer:
         raise UserError(f"{file}: no tokenizer can be read from it: {error}; copy it again") from None
 
 
+def check_same(parent: Path, model: Path) -> None:
+    """Raise UserError where the directory of a parent has other tokens than its model's."""
+    if load(parent).get_vocab() != load(model).get_vocab():
+        raise UserError(
+            f"{parent / 'tokenizer.json'}: has other tokens than {model / 'tokenizer.json'}; give the "
+            "model's own parent"
+        )
+
+
 def end_ids(directory: Path) -> list[int]:
     """End-of-text tokens: of generation_config.json, else of config.json."""
     for name in ("generation_config.json", "config.json"):

@@ -57,10 +57,16 @@ def test_help_imports_no_torch() -> None:
         "compare-latency",
         "convert",
         "demo",
+        "analyze",
         "deploy",
+        "distill",
         "doctor",
+        "estimate",
+        "evaluate",
         "fuse",
         "generate",
+        "plan",
+        "profile",
     ):
         assert command in result.stdout
 

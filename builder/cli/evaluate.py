@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder.errors import UserError
 from builder.options import (
     DIRECTORY,
     JSON,
@@ -98,27 +97,15 @@ def _read(
     model: Path, parent: Path | None, plan: Plan | None
 ) -> tuple[Checkpoint, Path | None, Checkpoint | None]:
     """MODEL as the plan changes it, the directory of its parent, and the parent; None without one."""
-    from builder import huggingface
+    from builder import huggingface, tokenizer
 
     source = huggingface.read(model)
     child = plan.apply(source) if plan else source
     if parent is not None:
-        _check_tokenizers(model, parent)
+        if (parent / "tokenizer.json").is_file():
+            tokenizer.check_same(parent, model)
         return child, parent, huggingface.read(parent)
     return (child, model, source) if plan else (child, None, None)
-
-
-def _check_tokenizers(model: Path, parent: Path) -> None:
-    """Raise UserError where the parent has a tokenizer of its own with other tokens."""
-    from builder import tokenizer
-
-    if not (parent / "tokenizer.json").is_file():
-        return
-    if tokenizer.load(parent).get_vocab() != tokenizer.load(model).get_vocab():
-        raise UserError(
-            f"parent: {parent / 'tokenizer.json'} has other tokens than {model / 'tokenizer.json'}; give the "
-            "model's own parent"
-        )
 
 
 def _lines(found: Evaluation) -> list[str]:

@@ -1,0 +1,180 @@
+"""What distillation recovers: FFNs fused or removed at one latency, each before and after it.
+
+    python -m benchmarks.distill [--tokens N] [--json]
+
+The demo's parent loses the attention of a run of layers. Then the run's FFNs are fused, all but its last, or
+so many of them removed that a step takes no longer than the fused model's: those go first that alone cost
+the least KL on training text. Both are distilled from the parent on its training text, with the same
+settings, seed and tokens. All are measured on held-out text, with 95% intervals by bootstrap over samples.
+
+Latencies are estimates, not measured: for an H100 node at TP 8 of a model with the demo's layers and Llama
+3.1 70B's sizes, as benchmarks/plan.py has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.plan import costs_like_70b
+from builder import export, huggingface, manifest, tokenizer
+from builder.checkpoint import Checkpoint
+from builder.evaluation import Evaluation, score, summarize, token_windows
+from builder.plan import Plan
+from builder.search.latency import step_seconds
+from builder.training import corpus
+from builder.training.distillation import Job, distill
+from builder.training.parent import train_parent
+from builder.training.stages import Stage
+from builder.training.trainer import Settings
+
+RUN = tuple(range(8, 16))  # layers that lose their attention
+CALIBRATION, HELD_OUT, LENGTH = 24, 64, 128
+TOKENS, CONTEXT, SEQUENCES = 300_000, 128, 16
+LEARNING_RATE = 1e-3
+DOCUMENTS = 400  # of the training text
+
+
+def removed(parent: Checkpoint, samples: Tensor, seconds: float) -> Plan:
+    """The fewest FFNs of the run, those that cost the least KL alone first, until `seconds` are kept."""
+    costs = costs_like_70b(parent.architecture)
+    kept = Plan(drop_attention=RUN, fuse=())
+    lost = {}
+    for index in RUN:
+        child = Plan(drop_attention=RUN, drop_ffn=(index,), fuse=()).apply(parent)
+        found = score(child, samples, parent)
+        assert found.kl is not None
+        lost[index] = float(found.kl.mean())
+    order = sorted(lost, key=lost.__getitem__)
+    for count in range(1, len(order) + 1):
+        kept = Plan(drop_attention=RUN, drop_ffn=tuple(sorted(order[:count])), fuse=())
+        if step_seconds(kept.apply(parent).architecture, costs) <= seconds:
+            break
+    return kept
+
+
+def write(plan: Plan, parent: Checkpoint, source: Path, output: Path) -> Path:
+    """As `ffn-fusion fuse` does."""
+    child = plan.apply(parent)
+    layers = manifest.layer_mapping(child.architecture, len(parent.architecture.layers))
+    export.write(child, source, output, facts={"plan": plan.to_dict(), "layers": layers})
+    return output
+
+
+def distilled(parent: Path, student: Path, text: Path, tokens: int) -> tuple[Path, dict]:
+    """The student after its training, and what that told."""
+    output = student.with_name(f"{student.name}-distilled")
+    stage = Stage(
+        tokens=tokens,
+        context=CONTEXT,
+        batch_tokens=CONTEXT * SEQUENCES,
+        learning_rate=LEARNING_RATE,
+        data=(str(text),),
+    )
+    job = Job(
+        parent=parent,
+        student=student,
+        output=output,
+        stages=(stage,),
+        settings=Settings(micro_batch=SEQUENCES),
+        checkpoint_dir=output.with_suffix(".training"),
+        log=output.with_suffix(".jsonl"),
+    )
+    begin, worked = time.monotonic(), time.process_time()
+    told = distill(job)
+    return output, {
+        "seconds": round(time.monotonic() - begin, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
+        "tokens": told["tokens"],
+        "steps": told["steps"],
+    }
+
+
+def figures(found: Evaluation) -> dict:
+    return {
+        name: None if x is None else [round(v, 4) for v in (x.value, x.low, x.high) if v is not None]
+        for name, x in (("perplexity", found.perplexity), ("kl", found.kl), ("top1", found.top1))
+    }
+
+
+def measure(tokens: int) -> dict:
+    """Rows by model."""
+    parent_dir = train_parent()
+    parent = huggingface.read(parent_dir)
+    encoder = tokenizer.load(parent_dir)
+    held_out = token_windows(encoder.encode(corpus.held_out_text()).ids, LENGTH, HELD_OUT)
+    training = corpus.training_text()
+    calibration = token_windows(encoder.encode("".join(training[:40])).ids, LENGTH, CALIBRATION)
+    costs = costs_like_70b(parent.architecture)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        text = directory / "text.jsonl"
+        chosen = training[:: max(1, len(training) // DOCUMENTS)]
+        text.write_text("".join(json.dumps({"text": x}) + "\n" for x in chosen), encoding="utf-8")
+        fused = Plan(drop_attention=RUN)
+        limit = step_seconds(fused.apply(parent).architecture, costs)
+        plans = {
+            "attention dropped": Plan(drop_attention=RUN, fuse=()),
+            "fused": fused,
+            "FFNs removed": removed(parent, calibration, limit),
+        }
+        models, trainings = {"parent": parent_dir}, {}
+        for name, plan in plans.items():
+            models[name] = write(plan, parent, parent_dir, directory / name.replace(" ", "-"))
+        for name in ("fused", "FFNs removed"):
+            told = distilled(parent_dir, models[name], text, tokens)
+            models[f"{name}, distilled"], trainings[name] = told
+        rows = {}
+        for name, where in models.items():
+            checkpoint = huggingface.read(where)
+            found = summarize(score(checkpoint, held_out, parent))
+            ms = step_seconds(checkpoint.architecture, costs) * 1e3
+            layers = len(checkpoint.architecture.layers)
+            rows[name] = {"layers": layers, "estimated_ms": round(ms, 4), **figures(found)}
+    recovered = {
+        name: round(1 - rows[f"{name}, distilled"]["kl"][0] / rows[name]["kl"][0], 4)
+        for name in ("fused", "FFNs removed")
+    }
+    return {
+        "machine": machine.describe("torch"),
+        "latency": f"estimated: {costs.source}",
+        "plans": {name: plan.to_dict() for name, plan in plans.items()},
+        "training": {"learning_rate": LEARNING_RATE, "context": CONTEXT, "sequences": SEQUENCES, **trainings},
+        "held_out": list(held_out.shape),
+        "rows": rows,
+        "recovered": recovered,
+    }
+
+
+def main() -> None:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each distillation")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result = measure(options.tokens)
+    if options.json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        return
+    sys.stdout.write(f"latency {result['latency']}\n")
+    sys.stdout.write(f"{'':26}{'ms':>8}{'perplexity':>12}{'KL to the parent':>28}{'top-1':>8}\n")
+    for name, row in result["rows"].items():
+        kl, low, high = row["kl"]
+        told = f"{kl:.4f} [{low:.4f}, {high:.4f}]"
+        sys.stdout.write(
+            f"{name:26}{row['estimated_ms']:8.3f}{row['perplexity'][0]:12.3f}{told:>28}{row['top1'][0]:8.1%}\n"
+        )
+    for name, share in result["recovered"].items():
+        training = result["training"][name]
+        sys.stdout.write(f"{name}: {share:.1%} of the lost KL recovered in {training['seconds']} s\n")
+
+
+if __name__ == "__main__":
+    main()
