@@ -256,7 +256,9 @@ def test_dry_run_of_what_would_fail(tmp_path: Path) -> None:
     assert_fails(run(*wide), 1, "torch_dtype None is not one of", "give --dtype")
     result = run(*wide, "--dtype", "bfloat16")
     assert_fails(result, 1, "layer 10: the joined gate and up weight", "fuse groups of 4", "raise --tp to 8")
-    assert_fails(run("convert", file, "--tp", 1, "-o", tmp_path / "c"), 1, "a file, not the directory with the weights")
+    assert_fails(
+        run("convert", file, "--tp", 1, "-o", tmp_path / "c"), 1, "a file, not the directory with the weights"
+    )
     assert_fails(run("convert", file, "--tp", 1), 2, "Missing option '-o'")
 
 

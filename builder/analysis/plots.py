@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.analysis.record import Analysis
+from builder.analysis.record import Analysis, Matrix
 from builder.errors import UserError
 
 INK = "#808080"  # read on light and on dark, like the colours
@@ -37,9 +37,10 @@ def check() -> None:
 
 def figures(analysis: Analysis) -> dict[str, Any]:
     """matplotlib figures by the name of their file."""
-    found = {"dependency": heat_map(analysis.dependency.model)}
-    if analysis.dependency.dropped is not None:
-        found["dependency_dropped"] = heat_map(analysis.dependency.dropped)
+    model, dropped = analysis.dependency.model, analysis.dependency.dropped
+    found = {"dependency": heat_map(model, model + (dropped or ()))}
+    if dropped is not None:
+        found["dependency_dropped"] = heat_map(dropped, model + dropped)
     found["importance"] = importance(analysis)
     found["explain"] = explain(analysis)
     if analysis.groups:
@@ -57,14 +58,14 @@ def save(found: dict[str, Any], directory: Path) -> dict[str, str]:
     return elements
 
 
-def heat_map(matrix: tuple[tuple[float, ...], ...]) -> Any:
-    """Rows are the dropped block, columns the measured one; a logarithmic scale."""
+def heat_map(matrix: Matrix, scale: Matrix | None = None) -> Any:
+    """Rows are the dropped block, columns the measured one; a logarithmic scale that all of `scale` fits."""
     from matplotlib.colors import LogNorm
 
-    values = np.array(matrix)
+    values, rows = np.array(matrix), np.array(scale or matrix)
     shown = np.where(np.triu(np.ones_like(values), 1) > 0, values, np.nan)
-    top = max(float(values.max()), FLOOR * 10)
-    lowest = values[values > 0].min() if (values > 0).any() else FLOOR
+    top = max(float(rows.max()), FLOOR * 10)
+    lowest = rows[rows > 0].min() if (rows > 0).any() else FLOOR
     norm = LogNorm(vmin=min(max(lowest, top / 10**DECADES), top / 10), vmax=top, clip=True)
     figure, axes = _axes(5.4, 4.6)
     image = axes.imshow(np.clip(shown, norm.vmin, None), norm=norm, cmap="plasma", interpolation="nearest")

@@ -89,7 +89,7 @@ def evaluate(
     }
     heading = f"{model}: {len(architecture.layers)} layers{', changed as asked' if plan else ''}"
     intervals = "; 95% intervals over samples" if len(tokens) > 1 else ""
-    footing = f"{len(tokens)} samples of {length} tokens, seed {seed}{intervals}"
+    footing = f"{len(tokens)} sample{'s' * (len(tokens) > 1)} of {length} tokens, seed {seed}{intervals}"
     emit(result, as_json, "\n".join((heading, *_lines(found), footing)))
 
 
