@@ -116,7 +116,10 @@ def test_text_that_is_not_utf8_is_wrong_use(tiny_engine: Path, tiny_hf: Path, op
     command = ["generate", str(tiny_engine), "--tokenizer", str(tiny_hf), "--prompt", "x"]
     result = CliRunner().invoke(main, [*command, option, "a\udcff"])
     assert result.exit_code == 2
-    assert "is not UTF-8 text" in result.stderr
+    assert f"{option}: 'a\\udcff' is not UTF-8 text" in result.stderr
+    result = CliRunner().invoke(main, [*command, option, ""])
+    assert result.exit_code == 2
+    assert f"{option}: empty; give some text" in result.stderr
 
 
 def test_a_time_that_is_no_number_is_wrong_use(tiny_engine: Path, tiny_hf: Path) -> None:

@@ -99,8 +99,11 @@ def generate(
         ffn-fusion generate engine --tokenizer model --prompt 'import ' --max-tokens 32
         ffn-fusion generate engine --tokenizer model --prompt 'Once' --temperature 0.8 --top-p 0.95 --seed 7
     """
-    for given in (prompt, *stop_words, *bad_words):
-        _check_text(given)
+    for name, texts in (("prompt", (prompt,)), ("stop-words", stop_words), ("bad-words", bad_words)):
+        for given in texts:
+            _check_text(name, given)
+    if log_probs and not as_json:
+        raise click.UsageError("--log-probs is for --json; add it")
     from builder import tokenizer as tokenizers
     from engines.embedded.session import EngineError, Request, Session
 
@@ -134,11 +137,13 @@ def generate(
     emit(result, as_json, "")
 
 
-def _check_text(text: str) -> None:
+def _check_text(name: str, text: str) -> None:
+    if not text:
+        raise click.UsageError(f"--{name}: empty; give some text")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise click.UsageError(f"{text!r} is not UTF-8 text") from None
+        raise click.UsageError(f"--{name}: {text!r} is not UTF-8 text") from None
 
 
 def _words(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
