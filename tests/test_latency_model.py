@@ -263,8 +263,8 @@ def test_settings_that_cannot_be_are_refused() -> None:
         replace(SETTING, nodes=3)
     with pytest.raises(UserError, match="unevenly"):
         Setting(gpu=GPUS["h100"], tp_size=8, pp_size=3, nodes=2)
-    with pytest.raises(UserError, match="dtype: 'int8' is not one of fp8, bfloat16"):
-        replace(SETTING, dtype="int8")
+    with pytest.raises(UserError, match="dtype: 'int4' is not one of fp8, int8, bfloat16"):
+        replace(SETTING, dtype="int4")
     with pytest.raises(UserError, match="batch: 0"):
         replace(SETTING, batch=0)
 

@@ -160,7 +160,7 @@ def test_log_probs_have_tensorrt_llms_shapes(server: Server) -> None:
         ({"length_penalty": 2.0}, "len_penalty: 2.0 is not supported"),
         ({"return_context_logits": True}, "return_context_logits: True is not supported"),
         ({"return_generation_logits": True}, "return_generation_logits: True is not supported"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty: -1.0 is not above 0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty: -1.0 is not between 0.0001"),
         ({"min_tokens": -2}, "min_tokens: -2 is negative"),
     ],
 )

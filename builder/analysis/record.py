@@ -287,9 +287,9 @@ def _make(kind: type[T], values: Any, **readers: Callable[[Any], Any]) -> T:
     for name, annotation in names.items():
         types = _PLAIN.get(annotation)
         if types and (not isinstance(values[name], types) or isinstance(values[name], bool)):
-            raise _BrokenError(f"{name} is {str(values[name])[:40]}, not a {annotation}")
+            raise _BrokenError(f"{name} is {repr(values[name])[:40]}, not a {annotation}")
         if annotation == "float" and not _is_sound(name, values[name]):
-            raise _BrokenError(f"{name} is {str(values[name])[:40]}, which nothing measures")
+            raise _BrokenError(f"{name} is {repr(values[name])[:40]}, which nothing measures")
     return kind(**{name: readers[name](x) if name in readers else x for name, x in values.items()})
 
 
