@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from builder.checkpoint import Checkpoint
 from builder.decoder import Context, RMSNorm, alone, load, load_block, rope_frequencies, run, to_tensor
 from builder.errors import UserError
+from builder.training.mapping import Pair
 from builder.writer import Progress
 
 RESAMPLES = 2000  # of the bootstrap
@@ -60,7 +61,8 @@ class Scores:
     """Sums over the `places` next tokens of each sample, [count] in float64, in nats.
 
     `kl` is KL(parent || model), `agreed` counts places where both find the same token likeliest; they and
-    `parent_loss` are None without a parent.
+    `parent_loss` are None without a parent. `cosine` [count, pairs] is of the hidden states that the layers
+    of each of `pairs` leave, a layer of the model and one of the parent.
     """
 
     places: int
@@ -68,6 +70,8 @@ class Scores:
     parent_loss: Tensor | None = None
     kl: Tensor | None = None
     agreed: Tensor | None = None
+    pairs: tuple[Pair, ...] = ()
+    cosine: Tensor | None = None
 
 
 @torch.no_grad()
@@ -76,14 +80,16 @@ def score(
     samples: Tensor,
     parent: Checkpoint | None = None,
     *,
+    pairs: Sequence[Pair] = (),
     batch: int = 8,
     progress: Progress | None = None,
 ) -> Scores:
     """Run `samples` [count, length] of tokens through the reference decoder, and through its parent's.
 
-    In float32. Memory is the hidden states of all samples of both, the blocks of one step and the logits of
-    one sample; `progress` gets the bytes of each step's weights. Raises UserError where the two have unlike
-    vocabularies.
+    In float32. `pairs` of layers of the model and of its parent, in order, have their hidden states compared
+    at the input tokens; a pair inside a window of parallel blocks, which leaves no state, is passed over.
+    Memory is the hidden states of all samples of both, the blocks of one step and the logits of one sample;
+    `progress` gets the bytes of each step's weights. Raises UserError where the two have unlike vocabularies.
     """
     vocab_size = checkpoint.architecture.vocab_size
     if parent is not None and parent.architecture.vocab_size != vocab_size:
@@ -92,38 +98,82 @@ def score(
             "models of one vocabulary, give the model's own parent"
         )
     inputs, targets = samples[:, :-1], samples[:, 1:]
-    logits = _logits(checkpoint, inputs, batch, progress)
-    parent_logits = None if parent is None else _logits(parent, inputs, batch, progress)
+    model = _Pass(checkpoint, inputs, batch, progress)
+    beside = None if parent is None else _Pass(parent, inputs, batch, progress)
+    compared, cosines = _compare(model, beside, pairs) if beside else ([], [])
+    for walked in (model, beside):
+        if walked is not None:
+            walked.finish()
     rows = [
-        _sample_sums(logits(i), targets[i], None if parent_logits is None else parent_logits(i))
+        _sample_sums(model.logits(i), targets[i], None if beside is None else beside.logits(i))
         for i in range(len(samples))
     ]
     if not all(map(math.isfinite, (x for row in rows for x in row))):
         raise UserError("model: its logits, or its parent's, are not finite numbers; `ffn-fusion verify` it")
     columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
     names = ("loss", "parent_loss", "kl", "agreed")
-    return Scores(places=targets.shape[1], **dict(zip(names, columns, strict=False)))
+    return Scores(
+        places=targets.shape[1],
+        **dict(zip(names, columns, strict=False)),
+        pairs=tuple(compared),
+        cosine=torch.stack(cosines, 1) if cosines else None,
+    )
 
 
-def _logits(
-    checkpoint: Checkpoint, inputs: Tensor, batch: int, progress: Progress | None
-) -> Callable[[int], Tensor]:
-    """The logits [length, vocab_size] of each row of `inputs` [count, length], which all blocks have run."""
-    architecture, tensors = checkpoint.architecture, checkpoint.decoder_tensors()
-    hidden = to_tensor(tensors["embedding.weight"], torch.float32)[inputs]
-    frequencies = rope_frequencies(architecture.rope, architecture.head_dim)
-    positions = torch.arange(inputs.shape[1])[None]
-    context = Context(positions, frequencies, torch.float32, architecture.rope.magnitude)
-    for step in architecture.steps:
-        blocks = [load_block(architecture, i, tensors, torch.float32) for i in step]
-        for part in hidden.split(batch):
-            part.copy_(run(blocks, part, context, alone))
-        if progress:
-            progress(sum(x.num_bytes for i in step for x in checkpoint.layer(i).values()))
-    norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
-    norm.weight.data = to_tensor(tensors["norm.weight"], torch.float32)
-    head = to_tensor(tensors["lm_head.weight"], torch.float32)
-    return lambda index: F.linear(norm(hidden[index]), head)
+class _Pass:
+    """A model that `inputs` [count, length] go through step by step; `hidden` is what the last step left."""
+
+    def __init__(self, checkpoint: Checkpoint, inputs: Tensor, batch: int, progress: Progress | None) -> None:
+        self.checkpoint, self.batch, self.progress = checkpoint, batch, progress
+        self.architecture, self.tensors = checkpoint.architecture, checkpoint.decoder_tensors()
+        rope = self.architecture.rope
+        self.hidden = to_tensor(self.tensors["embedding.weight"], torch.float32)[inputs]
+        frequencies = rope_frequencies(rope, self.architecture.head_dim)
+        positions = torch.arange(inputs.shape[1])[None]
+        self.context = Context(positions, frequencies, torch.float32, rope.magnitude)
+        self.steps = list(self.architecture.steps)[::-1]
+        self.last = -1  # the layer whose state `hidden` is
+
+    def step(self) -> None:
+        """Run the next step."""
+        step = self.steps.pop()
+        blocks = [load_block(self.architecture, i, self.tensors, torch.float32) for i in step]
+        for part in self.hidden.split(self.batch):
+            part.copy_(run(blocks, part, self.context, alone))
+        if self.progress:
+            self.progress(sum(x.num_bytes for i in step for x in self.checkpoint.layer(i).values()))
+        self.last = step[-1]
+
+    def reach(self, layer: int) -> bool:
+        """Run up to `layer`; False where it leaves no state, being inside a window of parallel blocks."""
+        while self.steps and self.steps[-1][0] <= layer:
+            self.step()
+        return self.last == layer
+
+    def finish(self) -> None:
+        """Run all that is left, and load what makes logits."""
+        while self.steps:
+            self.step()
+        self.norm = RMSNorm(self.architecture.hidden_size, self.architecture.norm_eps)
+        self.norm.weight.data = to_tensor(self.tensors["norm.weight"], torch.float32)
+        self.head = to_tensor(self.tensors["lm_head.weight"], torch.float32)
+
+    def logits(self, index: int) -> Tensor:
+        """Of one sample, [length, vocab_size]."""
+        return F.linear(self.norm(self.hidden[index]), self.head)
+
+
+def _compare(model: _Pass, parent: _Pass, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Tensor]]:
+    """The pairs whose layers both leave a state, and the mean cosine of each sample's states, [count]."""
+    compared, cosines = [], []
+    for ours, theirs in pairs:
+        reached = [model.reach(ours), parent.reach(theirs)]
+        if all(reached):
+            batches = zip(model.hidden.split(model.batch), parent.hidden.split(parent.batch), strict=True)
+            means = [F.cosine_similarity(x, y, dim=-1).double().mean(1) for x, y in batches]
+            compared.append((ours, theirs))
+            cosines.append(torch.cat(means))
+    return compared, cosines
 
 
 def _sample_sums(logits: Tensor, targets: Tensor, parent_logits: Tensor | None) -> tuple[float, ...]:
@@ -170,6 +220,16 @@ class Evaluation:
     parent_perplexity: Estimate | None
     kl: Estimate | None
     top1: Estimate | None
+    hidden_cosine: tuple[LayerCosine, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCosine:
+    """How alike the hidden states are that a layer of the model and one of its parent leave."""
+
+    layer: int
+    parent_layer: int
+    cosine: Estimate
 
 
 def summarize(scores: Scores, seed: int = 0) -> Evaluation:
@@ -178,11 +238,16 @@ def summarize(scores: Scores, seed: int = 0) -> Evaluation:
         None if x is None else estimate(x / scores.places, seed) for x in (scores.kl, scores.agreed)
     )
     parent = None if scores.parent_loss is None else _perplexity(scores.parent_loss / scores.places, seed)
+    columns = () if scores.cosine is None else scores.cosine.unbind(1)
     return Evaluation(
         perplexity=_perplexity(scores.loss / scores.places, seed),
         parent_perplexity=parent,
         kl=kl,
         top1=agreed,
+        hidden_cosine=tuple(
+            LayerCosine(layer=ours, parent_layer=theirs, cosine=estimate(column, seed))
+            for (ours, theirs), column in zip(scores.pairs, columns, strict=True)
+        ),
     )
 
 

@@ -96,6 +96,56 @@ def test_a_fused_directory_beside_its_parent(tiny_hf: Path, data: Path, tmp_path
             assert told[name]["low"] <= value <= told[name]["high"], name
 
 
+@torch.no_grad()
+def states(model: Path, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What each layer leaves, of transformers in float64 (its own list has the last one normed)."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).double()
+    found: list[torch.Tensor] = []
+    for layer in loaded.model.layers:
+        layer.register_forward_hook(lambda m, i, out: found.append(out[0] if isinstance(out, tuple) else out))
+    loaded(tokens)
+    return found
+
+
+def test_hidden_states_of_each_layer(tiny_hf: Path, data: Path, tmp_path: Path) -> None:
+    """A fused layer against the last of its members; by the record, by a plan, and by both in a row."""
+    fused = tmp_path / "fused"
+    options = ("--drop-attention", "2-5", "--drop-ffn", "1")
+    assert run("fuse", tiny_hf, *options, "-o", fused).exit_code == 0
+    told = evaluated(fused, data, "--parent", tiny_hf)
+    tokens = samples_of(tiny_hf, data)[:, :-1]
+    ours, theirs = states(fused, tokens), states(tiny_hf, tokens)
+    pairs = [(0, 0), (1, 1), (2, 4), (3, 5)]
+    assert [(x["layer"], x["parent_layer"]) for x in told["hidden_cosine"]] == pairs
+    for (i, j), found in zip(pairs, told["hidden_cosine"], strict=True):
+        wanted = float(torch.cosine_similarity(ours[i], theirs[j], dim=-1).mean())
+        assert found["cosine"]["value"] == pytest.approx(wanted, abs=1e-6)
+        assert found["cosine"]["low"] - 1e-6 <= wanted <= found["cosine"]["high"] + 1e-6
+    assert told["hidden_cosine"][0]["cosine"]["value"] == pytest.approx(1, abs=1e-6)
+    assert 0.1 < told["hidden_cosine"][3]["cosine"]["value"] < 0.999
+    planned = evaluated(tiny_hf, data, *options)
+    for x, y in zip(planned["hidden_cosine"], told["hidden_cosine"], strict=True):
+        assert x["cosine"]["value"] == pytest.approx(y["cosine"]["value"], abs=1e-5)
+    again = evaluated(fused, data, "--parent", tiny_hf, "--drop-ffn", "3")
+    assert [(x["layer"], x["parent_layer"]) for x in again["hidden_cosine"]] == pairs[:3]
+
+
+def test_states_inside_a_window_are_not_compared(tiny_hf: Path, data: Path) -> None:
+    told = evaluated(tiny_hf, data, "--parallel-blocks", "1-3")
+    assert [x["layer"] for x in told["hidden_cosine"]] == [0, 3, 4, 5]
+
+
+def test_a_parent_of_another_model(tiny_hf: Path, data: Path, tmp_path: Path) -> None:
+    other = write_llama(tmp_path / "other", num_hidden_layers=5)
+    told = evaluated(tiny_hf, data, "--parent", other)
+    assert told["hidden_cosine"] is None
+    assert "does not say which layers of the parent" in told["hidden_cosine_missing"]
+    text = run("evaluate", tiny_hf, "--data", data, "--parent", other, "--samples", 4).stdout
+    assert "cosine of hidden states: not known; " in text
+
+
 def test_blocks_in_parallel(tiny_hf: Path, data: Path, tmp_path: Path) -> None:
     told = evaluated(tiny_hf, data, "--parallel-blocks", "1-3,4-5")
     tokens = samples_of(tiny_hf, data)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from builder.errors import UserError
 from builder.options import (
     DIRECTORY,
     JSON,
@@ -14,13 +18,7 @@ from builder.options import (
     asked_plan,
     emit,
     plan_options,
-    progress_bar,
 )
-
-if TYPE_CHECKING:
-    from builder.checkpoint import Checkpoint
-    from builder.evaluation import Estimate, Evaluation
-    from builder.plan import Plan
 
 
 @click.command()
@@ -29,12 +27,15 @@ if TYPE_CHECKING:
     "--data",
     type=DIRECTORY,
     multiple=True,
-    required=True,
     help='Text, or .jsonl with "text" in each line; repeatable.',
 )
 @click.option(
     "--parent", type=DIRECTORY, help="The model to compare with. Default: MODEL before the plan's changes."
 )
+@click.option("--task", "tasks", multiple=True, help="A task of lm-eval, such as mmlu; repeatable.")
+@click.option("--task-dir", type=DIRECTORY, help="Task files beside lm-eval's own.")
+@click.option("--shots", type=click.IntRange(0), help="Examples before each question. Default: the task's.")
+@click.option("--limit", type=click.IntRange(1), help="Questions of each task, at most. Default: all.")
 @plan_options
 @PARALLEL_BLOCKS
 @click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="At most so many.")
@@ -43,20 +44,14 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples at once.")
 @JSON
 def evaluate(
-    model: Path,
-    data: tuple[Path, ...],
-    parent: Path | None,
-    samples: int,
-    length: int,
-    seed: int,
-    batch: int,
-    as_json: bool,
-    **options: Any,
+    model: Path, data: tuple[Path, ...], parent: Path | None, seed: int, as_json: bool, **options: Any
 ) -> None:
-    """Perplexity of MODEL on text and, beside a parent, KL(parent || MODEL) and the same likeliest tokens.
+    """Perplexity of MODEL on text and, beside a parent, KL(parent || MODEL), the same likeliest tokens and
+    the cosine of hidden states; and its scores in tasks of lm-eval.
 
-    MODEL may be changed on the way, by a plan or its options, without being written. All figures are means
-    over samples with 95% bootstrap intervals. The reference decoder runs in float32, a block at a time.
+    MODEL may be changed on the way, by a plan or its options, without being written. Figures of text are
+    means over samples with 95% bootstrap intervals; the reference decoder runs in float32, a block at a time.
+    For tasks it holds all weights, of a parent after those of MODEL.
 
     \b
     Examples:
@@ -64,62 +59,45 @@ def evaluate(
         ffn-fusion evaluate fused --parent Llama-3.1-8B --data text.txt
         ffn-fusion evaluate Llama-3.1-8B --drop-attention 20-24 --data text.txt
         ffn-fusion evaluate Llama-3.1-8B --parallel-blocks 12-15 --data text.txt --json
+        ffn-fusion evaluate fused --parent Llama-3.1-8B --task mmlu --task gsm8k --limit 200
     """
     plan = asked_plan(options)
-    child, against, other = _read(model, parent, plan)
-    from dataclasses import asdict
+    wanted = {name: options.pop(name) for name in ("tasks", "task_dir", "shots", "limit")}
+    if not (data or wanted["tasks"]):
+        raise click.UsageError("give --data, --task, or both")
+    if not wanted["tasks"] and any(x is not None for x in list(wanted.values())[1:]):
+        raise click.UsageError("--task-dir, --shots and --limit belong to --task")
+    if wanted["tasks"]:
+        _check_harness()
+    from builder.cli import scores
+    from builder.compared import read
 
-    from builder.evaluation import score, summarize
-    from builder.text import read_samples
-
-    architecture = child.architecture
-    tokens = read_samples(model, data, samples, length, architecture, seed)
-    weights = [x for c in (child, other) if c for n, x in c.tensors.items() if n.startswith("layers.")]
-    with progress_bar("evaluating", sum(x.num_bytes for x in weights)) as progress:
-        found = summarize(score(child, tokens, other, batch=batch, progress=progress), seed)
-    result = {
+    compared = read(model, parent, plan)
+    sizes = {name: options[name] for name in ("samples", "length", "batch")}
+    architecture = compared.child.architecture
+    result: dict[str, Any] = {
         "model": str(model),
-        "parent": None if against is None else str(against),
+        "parent": None if compared.directory is None else str(compared.directory),
         "plan": plan.to_dict() if plan else None,
         "layers": len(architecture.layers),
         "parallel_blocks": [list(window) for window in architecture.parallel],
-        "data": {"files": [str(x) for x in data], "samples": len(tokens), "length": length, "seed": seed},
         "basis": "measured",
-        **asdict(found),
     }
-    heading = f"{model}: {len(architecture.layers)} layers{', changed as asked' if plan else ''}"
-    intervals = "; 95% intervals over samples" if len(tokens) > 1 else ""
-    footing = f"{len(tokens)} sample{'s' * (len(tokens) > 1)} of {length} tokens, seed {seed}{intervals}"
-    emit(result, as_json, "\n".join((heading, *_lines(found), footing)))
+    lines = [f"{model}: {len(architecture.layers)} layers{', changed as asked' if plan else ''}"]
+    if data:
+        found, told = scores.on_text(model, data, compared, seed, **sizes)
+        result |= found
+        lines += told
+    if wanted["tasks"]:
+        found, told = scores.in_tasks(model, compared, seed, sizes["batch"], **wanted)
+        result |= found
+        lines += told
+    emit(result, as_json, "\n".join(lines))
 
 
-def _read(
-    model: Path, parent: Path | None, plan: Plan | None
-) -> tuple[Checkpoint, Path | None, Checkpoint | None]:
-    """MODEL as the plan changes it, the directory of its parent, and the parent; None without one."""
-    from builder import huggingface, tokenizer
-
-    source = huggingface.read(model)
-    child = plan.apply(source) if plan else source
-    if parent is not None:
-        if (parent / "tokenizer.json").is_file():
-            tokenizer.check_same(parent, model)
-        return child, parent, huggingface.read(parent)
-    return (child, model, source) if plan else (child, None, None)
-
-
-def _lines(found: Evaluation) -> list[str]:
-    lines = [f"perplexity            {_shown(found.perplexity, '.4g')}"]
-    if found.parent_perplexity and found.kl and found.top1:
-        lines += [
-            f"parent's perplexity   {_shown(found.parent_perplexity, '.4g')}",
-            f"KL(parent || model)   {_shown(found.kl, '.3g')} nats per token",
-            f"same likeliest token  {_shown(found.top1, '.2%')}",
-        ]
-    return lines
-
-
-def _shown(x: Estimate, form: str) -> str:
-    """`4.21 [4.05, 4.39]`."""
-    interval = "" if x.low is None else f" [{x.low:{form}}, {x.high:{form}}]"
-    return f"{x.value:{form}}{interval}"
+def _check_harness() -> None:
+    """Raise UserError where lm-eval is not installed; its bars are for terminals."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm_eval is missing; pip install 'ffn-fusion[lm-eval]'")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once, and torch imports tqdm
