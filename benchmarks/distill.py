@@ -5,10 +5,12 @@
 The demo's parent loses the attention of a run of layers. Then the run's FFNs are fused, all but its last, or
 so many of them removed that a step takes no longer than the fused model's: those go first that alone cost
 the least KL on training text. Both are distilled from the parent on its training text, with the same
-settings, seed and tokens. All are measured on held-out text, with 95% intervals by bootstrap over samples.
+settings, seed and tokens. All are measured on held-out text, with 95% intervals by bootstrap over samples;
+the two distilled models also sample by sample, for their difference.
 
-Latencies are estimates, not measured: for an H100 node at TP 8 of a model with the demo's layers and Llama
-3.1 70B's sizes, as benchmarks/plan.py has them.
+The latency that must be equal is an estimate: for an H100 node at TP 8 of a model with the demo's layers and
+Llama 3.1 70B's sizes, as benchmarks/plan.py has them. Beside it stands what the embedded engine measures
+for the demo's own sizes on this machine at TP 2, a token at batch 1.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.plan import costs_like_70b
-from builder import export, huggingface, manifest, tokenizer
+from builder import export, huggingface, manifest, tokenizer, trtllm
 from builder.checkpoint import Checkpoint
-from builder.evaluation import Evaluation, score, summarize, token_windows
+from builder.evaluation import Evaluation, estimate, score, summarize, token_windows
 from builder.plan import Plan
 from builder.search.latency import step_seconds
 from builder.training import corpus
@@ -34,12 +37,15 @@ from builder.training.distillation import Job, distill
 from builder.training.parent import train_parent
 from builder.training.stages import Stage
 from builder.training.trainer import Settings
+from engines.embedded.compilation import build
+from engines.embedded.session import Request, Session
 
 RUN = tuple(range(8, 16))  # layers that lose their attention
-CALIBRATION, HELD_OUT, LENGTH = 24, 64, 128
-TOKENS, CONTEXT, SEQUENCES = 300_000, 128, 16
+CALIBRATION, HELD_OUT, LENGTH = 24, 128, 128
+TOKENS, CONTEXT, SEQUENCES = 900_000, 128, 16
 LEARNING_RATE = 1e-3
 DOCUMENTS = 400  # of the training text
+TP_SIZE, ROUNDS, DECODED = 2, 12, 100
 
 
 def removed(parent: Checkpoint, samples: Tensor, seconds: float) -> Plan:
@@ -104,6 +110,25 @@ def figures(found: Evaluation) -> dict:
     }
 
 
+def decode_ms(models: dict[str, Path], scratch: Path) -> dict[str, float]:
+    """Milliseconds a token at batch 1 on the embedded engine, medians of interleaved rounds."""
+    engines = {}
+    for name, model in models.items():
+        checkpoint = scratch / f"{name}-checkpoint".replace(" ", "-")
+        engines[name] = checkpoint.with_name(f"{checkpoint.name}-engine")
+        trtllm.convert(huggingface.read(model), checkpoint, tp_size=TP_SIZE)
+        build(checkpoint, engines[name], max_batch_size=1, max_input_len=64, max_seq_len=256)
+    taken: dict[str, list[float]] = {name: [] for name in engines}
+    request = Request(input_ids=tuple(range(20, 52)), max_tokens=DECODED)
+    for round_ in range(ROUNDS + 1):
+        for name, engine in engines.items():
+            with Session(engine) as session:
+                times = [time.perf_counter() for _ in session.generate(request)]
+            if round_:
+                taken[name].append((times[-1] - times[0]) / (len(times) - 1) * 1e3)
+    return {name: float(np.median(x)) for name, x in taken.items()}
+
+
 def measure(tokens: int) -> dict:
     """Rows by model."""
     parent_dir = train_parent()
@@ -131,13 +156,21 @@ def measure(tokens: int) -> dict:
         for name in ("fused", "FFNs removed"):
             told = distilled(parent_dir, models[name], text, tokens)
             models[f"{name}, distilled"], trainings[name] = told
-        rows = {}
+        measured = decode_ms({name: models[name] for name in ("parent", *plans)}, directory)
+        rows, kl = {}, {}
         for name, where in models.items():
             checkpoint = huggingface.read(where)
-            found = summarize(score(checkpoint, held_out, parent))
+            scores = score(checkpoint, held_out, parent)
+            assert scores.kl is not None
+            kl[name] = scores.kl / scores.places
             ms = step_seconds(checkpoint.architecture, costs) * 1e3
-            layers = len(checkpoint.architecture.layers)
-            rows[name] = {"layers": layers, "estimated_ms": round(ms, 4), **figures(found)}
+            rows[name] = {
+                "layers": len(checkpoint.architecture.layers),
+                "estimated_ms": round(ms, 4),
+                "measured_ms": round(measured[name.removesuffix(", distilled")], 4),
+                **figures(summarize(scores)),
+            }
+    gained = estimate(kl["FFNs removed, distilled"] - kl["fused, distilled"])
     recovered = {
         name: round(1 - rows[f"{name}, distilled"]["kl"][0] / rows[name]["kl"][0], 4)
         for name in ("fused", "FFNs removed")
@@ -150,6 +183,7 @@ def measure(tokens: int) -> dict:
         "held_out": list(held_out.shape),
         "rows": rows,
         "recovered": recovered,
+        "kl_removed_minus_fused": [gained.value, gained.low, gained.high],
     }
 
 
@@ -164,16 +198,21 @@ def main() -> None:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return
     sys.stdout.write(f"latency {result['latency']}\n")
-    sys.stdout.write(f"{'':26}{'ms':>8}{'perplexity':>12}{'KL to the parent':>28}{'top-1':>8}\n")
+    sys.stdout.write(
+        f"{'':26}{'estimated':>10}{'measured':>10}{'perplexity':>12}{'KL to the parent':>28}{'top-1':>8}\n"
+    )
     for name, row in result["rows"].items():
         kl, low, high = row["kl"]
         told = f"{kl:.4f} [{low:.4f}, {high:.4f}]"
         sys.stdout.write(
-            f"{name:26}{row['estimated_ms']:8.3f}{row['perplexity'][0]:12.3f}{told:>28}{row['top1'][0]:8.1%}\n"
+            f"{name:26}{row['estimated_ms']:10.3f}{row['measured_ms']:10.3f}{row['perplexity'][0]:12.3f}"
+            f"{told:>28}{row['top1'][0]:8.1%}\n"
         )
     for name, share in result["recovered"].items():
         training = result["training"][name]
         sys.stdout.write(f"{name}: {share:.1%} of the lost KL recovered in {training['seconds']} s\n")
+    value, low, high = result["kl_removed_minus_fused"]
+    sys.stdout.write(f"KL of removed minus fused, distilled: {value:.5f} [{low:.5f}, {high:.5f}]\n")
 
 
 if __name__ == "__main__":

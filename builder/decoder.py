@@ -97,8 +97,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(batch, length, heads + 2 * kv, -1).split([heads, kv, kv], dim=2)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         context.see(k, v)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads > kv)
+        out = context.attend(*(part.transpose(1, 2) for part in (q, k, v)))
         return self.o(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -209,6 +208,10 @@ class Context:
 
     def see(self, k: Tensor, v: Tensor) -> None:
         """Called with the rotated K and with V [B, T, heads, head_dim] of each attention."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What places see, causally: all are [B, heads, T, head_dim], k and v perhaps of fewer heads."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
 
 
 def alone(x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -16,75 +15,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import TEXT, write_llama
+from click.testing import CliRunner
+from conftest import write_llama
+from distilling import (
+    ALONE,
+    CONTEXT,
+    SEQUENCES,
+    SHIM,
+    STEPS,
+    arguments,
+    curve,
+    fuse,
+    invoke,
+    message,
+    torchrun,
+    trained,
+    weights,
+    write_text,
+)
 
 from builder import huggingface, manifest, verification
-from builder.cli.distill import distill
 from builder.errors import UserError
 from builder.training import data, distillation, log, loss, mapping, saving, stages
-from builder.training.data import Batches, Stream
-from builder.training.processes import Processes
+from builder.training.batches import Batches
+from builder.training.data import Stream
 from builder.training.schedule import learning_rate
 from builder.training.stages import Stage
 from builder.training.trainer import Settings
 from ffn_fusion import main
 
-CONTEXT, SEQUENCES, STEPS = 16, 4, 6
-SHIM = "from builder.cli.distill import distill; distill()"
-ALONE = Processes(rank=0, size=1, device=torch.device("cpu"))
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": x}) + "\n" for x in TEXT * 4), encoding="utf-8")
-    return file
-
-
-def fuse(parent: Path, output: Path, *options: str) -> Path:
-    arguments = ["fuse", parent, *(options or ("--drop-attention", "2-5")), "-o", output]
-    result = CliRunner().invoke(main, [str(x) for x in arguments])
-    assert result.exit_code == 0, result.output
-    return output
+    return write_text(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def student(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers 0 and 1 whole, 2-4 in one FFN, 5's FFN."""
     return fuse(tiny_hf, tmp_path_factory.mktemp("students") / "fused")
-
-
-def arguments(parent: Path, student: Path, text: Path, output: Path, *more: object) -> list[str]:
-    sizes = ("--tokens", STEPS * SEQUENCES * CONTEXT, "--context", CONTEXT)
-    batch = ("--batch-tokens", SEQUENCES * CONTEXT, "--micro-batch", 3, "--learning-rate", 1e-3, "--seed", 7)
-    models = ("--parent", parent, "--student", student, "--data", text, "-o", output)
-    return [str(x) for x in (*models, *sizes, *batch, "--warmup", 0.3, *more)]
-
-
-def invoke(*given: object) -> Result:
-    return CliRunner().invoke(distill, [str(x) for x in given])
-
-
-def trained(*given: object) -> dict:
-    result = invoke(*given, "--json")
-    assert result.exit_code == 0, result.exception
-    return json.loads(result.stdout)
-
-
-def message(result: Result) -> str:
-    """Of an error that is the user's."""
-    assert isinstance(result.exception, UserError), (result.output, result.exception)
-    assert "\n" not in str(result.exception)
-    return str(result.exception)
-
-
-def curve(file: Path) -> list[float]:
-    return [x.loss for x in log.read(file)]
-
-
-def weights(directory: Path) -> dict[str, np.ndarray]:
-    return {n: x.read_all() for n, x in huggingface.read(directory).tensors.items()}
 
 
 # The whole against transformers
@@ -392,19 +361,6 @@ def test_tied_and_in_bfloat16(text: Path, tmp_path: Path) -> None:
     assert [x.name for x in (tmp_path / "out.training").glob("step-*")] == ["step-6"]
 
 
-def torchrun(tmp_path: Path, ranks: int, given: list[str]) -> subprocess.CompletedProcess:
-    (tmp_path / "shim.py").write_text(SHIM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*command, str(tmp_path / "shim.py"), *given, "--json"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        check=False,
-    )
-
-
 def test_two_ranks_are_as_one(
     reference: tuple[Path, dict], tiny_hf: Path, student: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -425,7 +381,6 @@ def test_one_goes_on_where_two_stopped(
     reference: tuple[Path, dict], tiny_hf: Path, student: Path, text: Path, tmp_path: Path
 ) -> None:
     given = arguments(tiny_hf, student, text, tmp_path / "out", "--checkpoint-every", 2)
-    (tmp_path / "shim.py").write_text("")
     die = (
         "from builder.training import trainer\n"
         "kept = trainer.Trainer.step\n"
@@ -435,16 +390,7 @@ def test_one_goes_on_where_two_stopped(
         "    return kept(self, stage, done, batches)\n"
         "trainer.Trainer.step = step\n"
     )
-    (tmp_path / "dying.py").write_text(die + SHIM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    died = subprocess.run(
-        [*command, str(tmp_path / "dying.py"), *given],
-        capture_output=True,
-        timeout=200,
-        env=environment,
-        check=False,
-    )
+    died = torchrun(tmp_path, 2, given, before=die)
     assert died.returncode == 1
     assert [x.name for x in (tmp_path / "out.training").glob("step-*")] == ["step-4"]
     result = trained(*given)
@@ -535,6 +481,10 @@ def test_another_training_is_refused(tiny_hf: Path, student: Path, text: Path, t
     with checkpoints.held({"seed": 1}), pytest.raises(UserError, match="another process trains in it"):  # noqa: SIM117
         with saving.Checkpoints(tmp_path / "kept", ALONE).held({"seed": 1}):
             pass
+    with checkpoints.held({"seed": 3}):  # nothing was trained yet
+        pass
+    with checkpoints.held({"seed": 1}):
+        checkpoints.save(3, state(1.5))
     with (
         pytest.raises(UserError, match="seed was 1 when this training began, now it is 2"),
         checkpoints.held({"seed": 2}),

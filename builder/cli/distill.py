@@ -2,93 +2,117 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from builder.errors import UserError
-from builder.options import DIRECTORY, JSON, emit
+from builder.options import DIRECTORY, JSON, Finite, emit
 
-POSITIVE = click.FloatRange(min=0, min_open=True)
-SHARE = click.FloatRange(0, 1)
-
-
-def _stage_options(command: Any) -> Any:
-    """What a stage of --stages may set for itself."""
-    options = (
-        click.option("--tokens", metavar="N", help="Of the training, such as 2e6; without --stages."),
-        click.option("--context", metavar="N", help="Tokens of a sequence; without --stages."),
-        click.option(
-            "--loss",
-            type=click.Choice(["distill", "pretrain", "supervised"]),
-            default="distill",
-            show_default=True,
-            help="From the parent, of the next token, or of the next token in responses.",
-        ),
-        click.option(
-            "--batch-tokens", metavar="N", default="65536", show_default=True, help="Of a step, all ranks'."
-        ),
-        click.option("--learning-rate", type=POSITIVE, default=1e-4, show_default=True, help="Its peak."),
-        click.option("--warmup", type=SHARE, default=0.05, show_default=True, help="Share of the steps."),
-        click.option(
-            "--final",
-            type=SHARE,
-            default=0.1,
-            show_default=True,
-            help="Share of the learning rate at the end.",
-        ),
-        click.option(
-            "--cosine-weight",
-            "cosine",
-            type=click.FloatRange(0),
-            default=1.0,
-            show_default=True,
-            help="Of the hidden states' cosine distance.",
-        ),
-        click.option(
-            "--kl-weight",
-            "kl",
-            type=click.FloatRange(0),
-            default=1.0,
-            show_default=True,
-            help="Of KL(parent || student) of the logits.",
-        ),
-        click.option("--temperature", type=POSITIVE, default=1.0, show_default=True, help="Of the logits."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+POSITIVE = Finite(min=0, min_open=True)
+SHARE = Finite(0, 1)
+WEIGHT = Finite(0)
+Command = Callable[..., None]
 
 
-def _settings_options(command: Any) -> Any:
-    """How it is computed."""
-    options = (
-        click.option(
-            "--micro-batch",
-            type=click.IntRange(1),
-            default=8,
-            show_default=True,
-            help="Sequences at once on a rank; a step's others are accumulated.",
-        ),
-        click.option("--clip", type=POSITIVE, default=1.0, show_default=True, help="The gradient's norm."),
-        click.option(
-            "--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="Of matrices."
-        ),
-        click.option("--bf16", is_flag=True, help="Compute in bfloat16 (autocast); weights stay float32."),
-        click.option(
-            "--activation-checkpointing",
-            "recompute",
-            is_flag=True,
-            help="Compute blocks a second time in the backward pass, for less memory.",
-        ),
-        click.option(
-            "--checkpoint-every", type=click.IntRange(1), default=500, show_default=True, metavar="STEPS"
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    return lambda command: functools.reduce(lambda found, option: option(found), reversed(options), command)
+
+
+# What a stage of --stages may set for itself.
+_stage_options = _together(
+    click.option("--tokens", metavar="N", help="Of the training, such as 2e6; without --stages."),
+    click.option("--context", metavar="N", help="Tokens of a sequence; without --stages."),
+    click.option(
+        "--loss",
+        type=click.Choice(["distill", "pretrain", "supervised"]),
+        default="distill",
+        show_default=True,
+        help="From the parent, of the next token, or of the next token in responses.",
+    ),
+    click.option(
+        "--batch-tokens", metavar="N", default="65536", show_default=True, help="Of a step, all ranks'."
+    ),
+    click.option("--learning-rate", type=POSITIVE, default=1e-4, show_default=True, help="Its peak."),
+    click.option("--warmup", type=SHARE, default=0.05, show_default=True, help="Share of the steps."),
+    click.option(
+        "--final",
+        type=SHARE,
+        default=0.1,
+        show_default=True,
+        help="Share of the learning rate at the end.",
+    ),
+    click.option(
+        "--cosine-weight",
+        "cosine",
+        type=WEIGHT,
+        default=1.0,
+        show_default=True,
+        help="Of the hidden states' cosine distance.",
+    ),
+    click.option(
+        "--kl-weight",
+        "kl",
+        type=WEIGHT,
+        default=1.0,
+        show_default=True,
+        help="Of KL(parent || student) of the logits.",
+    ),
+    click.option("--temperature", type=POSITIVE, default=1.0, show_default=True, help="Of the logits."),
+    click.option(
+        "--separate-documents",
+        is_flag=True,
+        help="Documents that share a sequence do not see each other; positions begin anew at each.",
+    ),
+)
+
+
+# How it is computed.
+_settings_options = _together(
+    click.option(
+        "--micro-batch",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Sequences at once on a rank; a step's others are accumulated.",
+    ),
+    click.option("--clip", type=POSITIVE, default=1.0, show_default=True, help="The gradient's norm."),
+    click.option("--weight-decay", type=WEIGHT, default=0.0, show_default=True, help="Of matrices."),
+    click.option("--bf16", is_flag=True, help="Compute in bfloat16 (autocast); weights stay float32."),
+    click.option(
+        "--activation-checkpointing",
+        "recompute",
+        is_flag=True,
+        help="Compute blocks a second time in the backward pass, for less memory.",
+    ),
+    click.option(
+        "--checkpoint-every", type=click.IntRange(1), default=500, show_default=True, metavar="STEPS"
+    ),
+)
+
+
+# Where the parent's logits are kept, and how.
+_store_options = _together(
+    click.option(
+        "--parent-logits",
+        type=DIRECTORY,
+        metavar="DIR",
+        help="Compute the parent's logits first, once, and keep them here for other trainings too.",
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(1),
+        help="Tokens whose log-probabilities are kept, beside that of all others together. Default: 64.",
+    ),
+    click.option(
+        "--log-probs",
+        type=click.Choice(["float16", "float32"]),
+        help="How they are kept. Default: float16.",
+    ),
+)
 
 
 @click.command()
@@ -104,6 +128,7 @@ def _settings_options(command: Any) -> Any:
 @click.option("--stages", "stages_file", type=DIRECTORY, help="A YAML file of stages.")
 @_stage_options
 @_settings_options
+@_store_options
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of the data."
 )
@@ -123,6 +148,9 @@ def distill(
     keep_checkpoints: bool,
     log_file: Path | None,
     plot: Path | None,
+    parent_logits: Path | None,
+    top_k: int | None,
+    log_probs: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -134,7 +162,7 @@ def distill(
 
     \b
     A YAML of stages: {tokens, context} and any of batch_tokens, learning_rate, warmup, final, loss, cosine,
-    kl, temperature, data:
+    kl, temperature, separate_documents, data:
         stages:
           - {tokens: 54e9, context: 8192}
           - {tokens: 5e9, context: 16384}
@@ -143,6 +171,7 @@ def distill(
     Examples:
         ffn-fusion distill --parent P --student fused --data text.jsonl --tokens 2e6 --context 1024 -o out
         ffn-fusion distill --parent P --student fused --data text.jsonl --stages stages.yaml --bf16 -o out
+        ffn-fusion distill --parent P --student fused ... --parent-logits logits --cosine-weight 0 -o out
         torchrun --nproc-per-node 8 -m ffn_fusion distill --parent P --student fused ... -o out
     """
     names = ("tokens", "context")
@@ -151,6 +180,8 @@ def distill(
         raise click.UsageError("--stages says it all; leave out --tokens and --context")
     if stages_file is None and any(options[x] is None for x in names):
         raise click.UsageError("give --tokens and --context, or --stages")
+    if parent_logits is None and (top_k is not None or log_probs is not None):
+        raise click.UsageError("--top-k and --log-probs are for --parent-logits")
     from builder.training.distillation import Job
     from builder.training.distillation import distill as train
     from builder.training.processes import rank
@@ -169,6 +200,7 @@ def distill(
                 plot=plot,
                 seed=seed,
                 keep_checkpoints=keep_checkpoints,
+                store=_store(parent_logits, top_k, log_probs),
             )
         )
     except UserError:
@@ -205,6 +237,12 @@ def _stages(file: Path | None, options: dict[str, Any], data: tuple[Path, ...]) 
     return found
 
 
+def _store(directory: Path | None, top_k: int | None, dtype: str | None) -> Any:
+    from builder.training.stored import Store
+
+    return directory and Store(directory=directory, top_k=top_k or 64, dtype=dtype or "float16")
+
+
 def _text(result: dict[str, Any]) -> str:
     first, last = result["first"], result["last"]
     terms = [x for x in ("cosine", "kl", "lm") if last[x] is not None]
@@ -213,4 +251,9 @@ def _text(result: dict[str, Any]) -> str:
     for name in ("loss", *terms):
         before = "" if first[name] is None else f"{first[name]:.4f} -> "
         lines.append(f"{name:8}{before}{last[name]:.4f}")
+    if result["parent_logits"]:
+        lines.append(
+            "{directory}: top {top_k}, {bytes_per_token} bytes a token, {bytes:,} bytes; "
+            "{computed:,} of {steps:,} steps computed now".format(**result["parent_logits"])
+        )
     return "\n".join(lines)

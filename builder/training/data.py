@@ -1,22 +1,15 @@
-"""Text as one stream of tokens, packed into sequences without padding, in an order that a seed decides.
-
-Documents follow each other, each with the end-of-text token behind it; a sequence may hold the end of one
-and the beginning of the next, and attention crosses the border. What a step reads is a function of
-(seed, step) alone.
-"""
+"""Text as one stream of tokens: documents follow each other, each with the end-of-text token behind it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from builder import tokenizer
 from builder.errors import UserError
@@ -26,27 +19,34 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DOCUMENTS = 256  # tokenised at once
+NUMBERS = 1 << 24  # of a .npy file, looked at at once
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Token numbers [n], and for a supervised stage whether each is to be learnt [n]."""
+    """Token numbers [n], and for a supervised stage whether each is to be learnt [n].
+
+    `documents` are the places where documents begin, ascending; None where nothing says.
+    """
 
     ids: np.ndarray
     learnt: np.ndarray | None = None
+    documents: np.ndarray | None = None
 
     def digest(self) -> str:
         """SHA-256 of it all."""
         total = hashlib.sha256(np.ascontiguousarray(self.ids).data)
-        if self.learnt is not None:
-            total.update(self.learnt.data)
+        for more in (self.learnt, self.documents):
+            if more is not None:
+                total.update(more.data)
         return total.hexdigest()
 
 
 def read(model: Path, files: Sequence[Path], *, vocab_size: int, supervised: bool = False) -> Stream:
     """The stream of .txt, .jsonl ("text" in each line) and .npy files (token numbers, mapped into memory).
 
-    Supervised: .jsonl with "prompt" and "response" in each line. Raises UserError by file, and for a token
+    Supervised: .jsonl with "prompt" and "response" in each line. A document is a .txt file, a line of a
+    .jsonl file, or what an end-of-text token ends in a .npy file. Raises UserError by file, and for a token
     outside the vocabulary.
     """
     encoder = tokenizer.load(model)
@@ -54,26 +54,47 @@ def read(model: Path, files: Sequence[Path], *, vocab_size: int, supervised: boo
     if supervised:
         stream = _answers(encoder, ends, files)
     elif len(files) == 1 and files[0].suffix == ".npy":
-        stream = Stream(_numbers(files[0]))
+        numbers = _numbers(files[0])
+        stream = Stream(numbers, documents=_begins(numbers, ends[0]) if ends else None)
     else:
-        parts = [part for file in files for part in _tokens(encoder, ends, file)]
-        stream = Stream(np.concatenate(parts) if parts else np.empty(0, np.int32))
-    if len(stream.ids) and not 0 <= int(stream.ids.min()) <= int(stream.ids.max()) < vocab_size:
+        stream = _joined(encoder, ends, files)
+    low, high = (int(x) for x in (stream.ids.min(), stream.ids.max())) if len(stream.ids) else (0, 0)
+    if low < 0 or high >= vocab_size:
         raise UserError(
-            f"{', '.join(map(str, files))}: token {int(stream.ids.max())} is outside vocab_size "
+            f"{', '.join(map(str, files))}: token {low if low < 0 else high} is outside vocab_size "
             f"{vocab_size}; {model / 'tokenizer.json'} is not this model's tokenizer"
         )
     return stream
 
 
+def _joined(encoder: Tokenizer, ends: list[int], files: Sequence[Path]) -> Stream:
+    parts = [part for file in files for part in _tokens(encoder, ends, file)]
+    begins = np.cumsum([0, *map(len, parts)])[:-1]
+    known = ends or all(file.suffix != ".npy" for file in files)
+    return Stream(
+        np.concatenate(parts) if parts else np.empty(0, np.int32),
+        documents=np.unique(begins) if known else None,
+    )
+
+
 def _tokens(encoder: Tokenizer, ends: list[int], file: Path) -> Iterator[np.ndarray]:
+    """Each document's."""
     if file.suffix == ".npy":
-        yield _numbers(file)
+        numbers = np.asarray(_numbers(file))
+        yield from np.split(numbers, _begins(numbers, ends[0])[1:]) if ends else [numbers]
         return
     texts = read_texts([file])
     for start in range(0, len(texts), DOCUMENTS):
         for found in encoder.encode_batch(texts[start : start + DOCUMENTS], add_special_tokens=False):
             yield np.array([*found.ids, *ends], np.int32)
+
+
+def _begins(numbers: np.ndarray, end: int) -> np.ndarray:
+    """0, and the place behind each `end` but a last one."""
+    blocks = range(0, len(numbers), NUMBERS)
+    found = [np.flatnonzero(numbers[x : x + NUMBERS] == end) + x + 1 for x in blocks]
+    begins = np.concatenate([[0], *found])
+    return begins[begins < max(1, len(numbers))]
 
 
 def _numbers(file: Path) -> np.ndarray:
@@ -91,11 +112,13 @@ def _numbers(file: Path) -> np.ndarray:
 def _answers(encoder: Tokenizer, ends: list[int], files: Sequence[Path]) -> Stream:
     ids: list[int] = []
     learnt: list[bool] = []
+    begins: list[int] = []
     for prompt, response in _pairs(files):
+        begins.append(len(ids))
         asked, told = (encoder.encode(x, add_special_tokens=False).ids for x in (prompt, response))
         ids += [*asked, *told, *ends]
         learnt += [False] * len(asked) + [True] * (len(told) + len(ends))
-    return Stream(np.array(ids, np.int32), np.array(learnt, np.bool_))
+    return Stream(np.array(ids, np.int32), np.array(learnt, np.bool_), np.unique(begins).astype(np.int64))
 
 
 def _pairs(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
@@ -125,46 +148,3 @@ def _pair(file: Path, number: int, line: str) -> tuple[str, str]:
             "supervised stage needs"
         )
     return prompt, response
-
-
-class Batches:
-    """Sequences of `context` + 1 tokens of a stream, `sequences` for each step of a stage.
-
-    Every epoch cuts the stream at another offset and shuffles the sequences. Raises UserError where the
-    stream has fewer sequences than one step takes.
-    """
-
-    def __init__(self, stream: Stream, *, context: int, sequences: int, seed: int, stage: int) -> None:
-        self.stream, self.context, self.sequences = stream, context, sequences
-        self.seed, self.stage = seed, stage
-        self.per_epoch = max(0, (len(stream.ids) - context) // context)  # at any offset
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))
-        if self.per_epoch < sequences:
-            raise UserError(
-                f"stage {stage + 1}: data: {len(stream.ids):,} tokens are {self.per_epoch} sequences of "
-                f"{context} tokens, one step takes {sequences}; give more text, or smaller batch_tokens"
-            )
-
-    def starts(self, step: int) -> list[int]:
-        """Where the sequences of a step begin."""
-        places = range(step * self.sequences, (step + 1) * self.sequences)
-        return [int(self._order(n // self.per_epoch)[n % self.per_epoch]) for n in places]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._epoch[0] != epoch:
-            random = np.random.default_rng((self.seed, self.stage, epoch))
-            offset = random.integers(self.context)
-            self._epoch = epoch, random.permutation(self.per_epoch) * self.context + offset
-        return self._epoch[1]
-
-    def tokens(self, starts: Iterable[int]) -> Tensor:
-        """[sequences, context + 1] of int64."""
-        rows = [self.stream.ids[x : x + self.context + 1].astype(np.int64) for x in starts]
-        return torch.from_numpy(np.stack(rows))
-
-    def counted(self, starts: Iterable[int]) -> Tensor:
-        """Whether each next token is to be learnt, [sequences, context] of float32."""
-        if self.stream.learnt is None:
-            return torch.ones(len(list(starts)), self.context)
-        rows = [self.stream.learnt[x + 1 : x + self.context + 1].astype(np.float32) for x in starts]
-        return torch.from_numpy(np.stack(rows))

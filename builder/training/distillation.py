@@ -13,19 +13,24 @@ from typing import Any
 from builder import export
 from builder.errors import UserError
 from builder.training import data, log, mapping, model, stages
-from builder.training.data import Batches, Stream
+from builder.training.batches import Batches
+from builder.training.data import Stream
 from builder.training.mapping import Couple
 from builder.training.processes import Processes, joined, size
 from builder.training.saving import Checkpoints
 from builder.training.stages import Stage
-from builder.training.trainer import Settings, Trainer, train
+from builder.training.stored import StageLogits, Store, fill
+from builder.training.trainer import Settings, Trainer, build_parent, train
 
 UNIMPORTANT = ("micro_batch", "recompute", "checkpoint_every")  # may change when a training goes on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """`log` and `plot` are files that are written when all is done; `plot` may be None."""
+    """`log` and `plot` are files that are written when all is done; `plot` may be None.
+
+    With a `store` the parent's logits are read from there, once they are computed.
+    """
 
     parent: Path
     student: Path
@@ -37,6 +42,7 @@ class Job:
     plot: Path | None = None
     seed: int = 0
     keep_checkpoints: bool = False
+    store: Store | None = None
 
 
 def distill(job: Job) -> dict[str, Any]:
@@ -47,14 +53,12 @@ def distill(job: Job) -> dict[str, Any]:
     """
     couple = _check(job)
     streams = list(_streams(job, couple))
-    batches = [
-        Batches(stream, context=x.context, sequences=x.sequences, seed=job.seed, stage=index)
-        for index, (stream, x) in enumerate(zip(streams, job.stages, strict=True))
-    ]
+    batches = list(_batches(job, streams))
     with joined() as processes, ExitStack() as stack:
         checkpoints = Checkpoints(job.checkpoint_dir, processes)
         stack.enter_context(checkpoints.held(_identity(job, couple, streams)))
-        trainer = Trainer(couple, job.stages, job.settings, processes)
+        stored, told = _stored(job, couple, batches, processes)
+        trainer = Trainer(couple, job.stages, job.settings, processes, stored)
         done = trainer.resume(checkpoints)
         _train(trainer, batches, checkpoints, done)
         _write(job, couple, trainer, checkpoints)
@@ -62,7 +66,7 @@ def distill(job: Job) -> dict[str, Any]:
         processes.barrier()
         if processes.rank == 0:
             _publish(job, checkpoints, entries)
-        return _result(job, couple, entries, done, processes)
+        return {**_result(job, couple, entries, done, processes), "parent_logits": told}
 
 
 def _check(job: Job) -> Couple:
@@ -77,6 +81,8 @@ def _check(job: Job) -> Couple:
     couple = mapping.read(job.parent, job.student)
     positions = min(x.architecture.max_position_embeddings for x in (couple.parent, couple.student))
     stages.check(job.stages, positions, size())
+    if job.store:
+        job.store.check(job.stages, couple.parent.architecture.vocab_size)
     return couple
 
 
@@ -92,6 +98,41 @@ def _streams(job: Job, couple: Couple) -> Iterator[Stream]:
         yield known[key]
 
 
+def _batches(job: Job, streams: list[Stream]) -> Iterator[Batches]:
+    for index, (stream, stage) in enumerate(zip(streams, job.stages, strict=True)):
+        yield Batches(
+            stream,
+            context=stage.context,
+            sequences=stage.sequences,
+            seed=job.seed,
+            stage=index,
+            separate=stage.separate_documents,
+        )
+
+
+def _stored(
+    job: Job, couple: Couple, batches: list[Batches], processes: Processes
+) -> tuple[dict[int, StageLogits] | None, dict[str, Any] | None]:
+    """The parent's logits by the index of the stages that learn from them, computed where they are missing.
+
+    And what the command shows of them. None and None where the parent runs beside the student.
+    """
+    store, settings = job.store, job.settings
+    if store is None:
+        return None, None
+    logits = {
+        x.stage: StageLogits(store, couple.parent, stage, x, settings.bf16)
+        for x, stage in zip(batches, job.stages, strict=True)
+        if stage.weights.parent
+    }
+
+    def build() -> model.States:
+        return build_parent(couple, (), processes, settings.bf16)
+
+    filled = fill(list(logits.values()), build, processes, settings.micro_batch)
+    return logits, {"directory": str(store.directory), "top_k": store.top_k, **asdict(filled)}
+
+
 def _identity(job: Job, couple: Couple, streams: list[Stream]) -> dict[str, Any]:
     """All that decides the curve."""
     settings = {k: x for k, x in asdict(job.settings).items() if k not in UNIMPORTANT}
@@ -101,8 +142,14 @@ def _identity(job: Job, couple: Couple, streams: list[Stream]) -> dict[str, Any]
         "data": [x.digest() for x in streams],
         "stages": [{k: x for k, x in stage.to_dict().items() if k != "data"} for stage in job.stages],
         "seed": job.seed,
+        "parent_logits": _kept(job),
         **settings,
     }
+
+
+def _kept(job: Job) -> dict[str, Any] | None:
+    """What is stored of the parent's logits."""
+    return {"top_k": job.store.top_k, "log_probs": job.store.dtype} if job.store else None
 
 
 def _train(trainer: Trainer, batches: list[Batches], checkpoints: Checkpoints, done: int) -> None:
@@ -142,7 +189,8 @@ def _publish(job: Job, checkpoints: Checkpoints, entries: list[log.Entry]) -> No
 
 def _summary(job: Job) -> dict[str, Any]:
     settings = asdict(job.settings)
-    return {"stages": [x.to_dict() for x in job.stages], "seed": job.seed, **settings}
+    decided = {"stages": [x.to_dict() for x in job.stages], "seed": job.seed, **settings}
+    return {**decided, "parent_logits": _kept(job)} if job.store else decided
 
 
 def _result(

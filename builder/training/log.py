@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -91,6 +91,25 @@ def bar(steps: int, done: int) -> Iterator[Report | None]:
             bars.update(task, completed=entry.step, loss=f"{entry.loss:.4f}", speed=speed)
 
         yield report
+
+
+@contextmanager
+def counter(label: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, where that is a terminal and it is to be shown; call it when one more is done."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr)) as bars:
+        task = bars.add_task(label, total=total)
+        yield lambda: bars.advance(task)
+
+
+def notice(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(f"{text}\n")
 
 
 def check_plot() -> None:

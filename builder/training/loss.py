@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from builder.training.buckets import Buckets, in_buckets
+
 NAMES = ("cosine", "kl", "lm")
 
 
@@ -47,6 +49,16 @@ def divergence(student: Tensor, parent: Tensor, temperature: float = 1.0) -> Ten
     log_probs = F.log_softmax(student.float() / temperature, -1)
     truth = F.log_softmax(parent.float() / temperature, -1)
     return F.kl_div(log_probs, truth, log_target=True, reduction="sum") * temperature**2
+
+
+def bucket_divergence(student: Tensor, parent: Buckets, temperature: float = 1.0) -> Tensor:
+    """`divergence` from a parent of which only buckets are known; logits [B, T, vocab_size].
+
+    All tokens without a bucket of their own are one event: the result is at most that of `divergence` (the
+    log-sum inequality), and the same where every token has its own bucket.
+    """
+    log_probs = in_buckets(F.log_softmax(student.float() / temperature, -1), parent.ids)
+    return F.kl_div(log_probs, parent.log_probs, log_target=True, reduction="sum") * temperature**2
 
 
 def next_token(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

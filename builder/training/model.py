@@ -15,6 +15,7 @@ from builder.checkpoint import Checkpoint
 from builder.decoder import Context, Decoder, rope_frequencies, to_tensor
 from builder.tensorfile import read_header
 from builder.tensors import Expression, Slice, concat
+from builder.training.packing import Lengths, PackedContext
 from builder.training.processes import Processes
 
 
@@ -27,13 +28,14 @@ class States(nn.Module):
         self.layers = frozenset(layers)
         self.recompute = recompute  # activation checkpointing: blocks keep their input alone
 
-    def forward(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-        """[B, T, hidden_size] of each layer asked for, in order, and logits [B, T, vocab_size]."""
+    def forward(self, tokens: Tensor, lengths: Lengths | None = None) -> tuple[list[Tensor], Tensor]:
+        """[B, T, hidden_size] of each layer asked for, in order, and logits [B, T, vocab_size].
+
+        `lengths` are those of the documents that attention keeps apart; None is one document a sequence.
+        """
         decoder = self.decoder
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = decoder.embedding(tokens)
-        magnitude = decoder.architecture.rope.magnitude
-        context = Context(positions, decoder.rope_frequencies, x.dtype, magnitude)
+        context = self._context(tokens, lengths, x.dtype)
         states = []
         for index, block in enumerate(decoder.layers):
             if self.recompute and torch.is_grad_enabled():
@@ -43,6 +45,13 @@ class States(nn.Module):
             if index in self.layers:
                 states.append(x)
         return states, decoder.lm_head(decoder.norm(x))
+
+    def _context(self, tokens: Tensor, lengths: Lengths | None, dtype: torch.dtype) -> Context:
+        frequencies, magnitude = self.decoder.rope_frequencies, self.decoder.architecture.rope.magnitude
+        if lengths is not None:
+            return PackedContext(lengths, frequencies, dtype, magnitude)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return Context(positions, frequencies, dtype, magnitude)
 
 
 def build(

@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from builder.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,24 @@ class Processes:
         """Wait for all."""
         if self.mesh is not None:
             dist.barrier()
+
+    def first(self, x: T) -> T:
+        """Rank 0's `x`, on every rank."""
+        if self.mesh is None:
+            return x
+        held = [x]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def agree(self, error: UserError | None) -> None:
+        """Raise on all ranks, rank 0 among them, what any of them brings."""
+        brought: list[str | None] = [None if error is None else str(error)]
+        if self.mesh is not None:
+            brought = [None] * self.size
+            dist.all_gather_object(brought, None if error is None else str(error))
+        for text in brought:
+            if text is not None:
+                raise UserError(text)
 
 
 def rank() -> int:

@@ -8,7 +8,6 @@ DIR/log.jsonl    a line for each step
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -21,10 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from builder.errors import UserError
-from builder.storage import json_bytes, read_json
+from builder.training import identity
 from builder.training.processes import Processes
 
 RUN, LOG = "run.json", "log.jsonl"
+OPTION = "--checkpoint-dir"
 
 
 class Checkpoints:
@@ -56,37 +56,13 @@ class Checkpoints:
             self.processes.barrier()
             yield
             return
-        _make(self.directory)
-        handle = os.open(self.directory, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.directory}: another process trains in it; wait for it") from None
-            self._check(run)
+        identity.make(self.directory, OPTION)
+        with identity.locked(self.directory, "trains"):
+            identity.check(self.directory, RUN, run, "this training began", OPTION)
             for partial in self.directory.glob(".step-*"):
                 shutil.rmtree(partial)
             self.processes.barrier()
             yield
-        finally:
-            os.close(handle)
-
-    def _check(self, run: Mapping[str, Any]) -> None:
-        file = self.directory / RUN
-        partial = file.with_name(f"{RUN}.partial")
-        if not file.exists():
-            if any(x != partial for x in self.directory.iterdir()):
-                raise UserError(f"{self.directory}: not empty, and no training's; choose another directory")
-            partial.write_bytes(json_bytes(run))
-            partial.rename(file)
-            return
-        old = read_json(file)
-        for key in sorted(old.keys() | run.keys()):
-            if old.get(key) != run.get(key):
-                raise UserError(
-                    f"{self.directory}: {key} was {old.get(key)!r} when this training began, now it is "
-                    f"{run.get(key)!r}; give the same, or another --checkpoint-dir to begin anew"
-                )
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
         """Write the state after `step` steps, then remove the older one.
@@ -147,14 +123,6 @@ class Checkpoints:
         """All of it."""
         if self.processes.rank == 0:
             shutil.rmtree(self.directory)
-
-
-def _make(directory: Path) -> None:
-    if not directory.parent.is_dir():
-        raise UserError(f"{directory.parent}: no such directory; create it first")
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: not a directory; choose another --checkpoint-dir")
-    directory.mkdir(exist_ok=True)
 
 
 def _reason(error: Any) -> str:

@@ -28,7 +28,8 @@ class Stage:
 
     `distill` is cosine * the distance of hidden states + kl * the divergence of logits; `pretrain` is the
     next token's loss, `supervised` that of the responses alone. `warmup` and `final` are shares of the
-    steps and of the learning rate. Raises UserError by key.
+    steps and of the learning rate. With `separate_documents` no document of a sequence sees another. Raises
+    UserError by key.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class Stage:
     cosine: float = 1.0
     kl: float = 1.0
     temperature: float = 1.0
+    separate_documents: bool = False
     data: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -123,6 +125,10 @@ def _value(key: str, value: Any) -> Any:
     if key in ("tokens", "context", "batch_tokens"):
         return integer(key, value)
     if key == "loss":
+        return value
+    if key == "separate_documents":
+        if not isinstance(value, bool):
+            raise UserError(f"{key}: {value!r} is neither true nor false")
         return value
     if key == "data":
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from builder.errors import UserError
 from builder.training import loss, model
-from builder.training.data import Batches
+from builder.training.batches import Batch, Batches
+from builder.training.buckets import Buckets
 from builder.training.log import Entry, Report
 from builder.training.mapping import Couple
 from builder.training.model import States
@@ -21,6 +22,7 @@ from builder.training.processes import Processes
 from builder.training.saving import Checkpoints
 from builder.training.schedule import learning_rate
 from builder.training.stages import Stage, at
+from builder.training.stored import StageLogits
 
 BETAS = (0.9, 0.95)
 
@@ -40,14 +42,31 @@ class Settings:
     checkpoint_every: int = 500
 
 
+def build_parent(couple: Couple, layers: Collection[int], processes: Processes, bf16: bool) -> States:
+    """The parent, which tells the states of `layers`; in bfloat16 where that is asked for and its own."""
+    half = bf16 and couple.parent.dtype == "bfloat16"
+    dtype = torch.bfloat16 if half else torch.float32
+    return model.build(couple.parent, layers, processes, dtype=dtype, trained=False)
+
+
 class Trainer:
-    """The student, its optimizer and the parent beside it, on one rank."""
+    """The student, its optimizer and the parent beside it, on one rank.
+
+    With `stored` logits of each stage that needs them there is no parent.
+    """
 
     def __init__(
-        self, couple: Couple, stages: Sequence[Stage], settings: Settings, processes: Processes
+        self,
+        couple: Couple,
+        stages: Sequence[Stage],
+        settings: Settings,
+        processes: Processes,
+        stored: Mapping[int, StageLogits] | None = None,
     ) -> None:
         self.settings, self.processes, self.stages = settings, processes, tuple(stages)
-        ours, theirs = zip(*couple.pairs, strict=True) if couple.pairs else ((), ())
+        self.stored = stored
+        compared = couple.pairs if any(stage.weights.cosine for stage in stages) else ()
+        ours, theirs = zip(*compared, strict=True) if compared else ((), ())
         self.student = model.build(
             couple.student,
             ours,
@@ -57,10 +76,8 @@ class Trainer:
             recompute=settings.recompute,
         )
         self.parent: States | None = None
-        if any(stage.weights.parent for stage in stages):
-            half = settings.bf16 and couple.parent.dtype == "bfloat16"
-            kind = torch.bfloat16 if half else torch.float32
-            self.parent = model.build(couple.parent, theirs, processes, dtype=kind, trained=False)
+        if stored is None and any(stage.weights.parent for stage in stages):
+            self.parent = build_parent(couple, theirs, processes, settings.bf16)
         self.weights = model.parameters(self.student)
         self.optimizer = self._optimizer()
 
@@ -104,8 +121,7 @@ class Trainer:
         weights, starts = stage.weights, batches.starts(done)
         counted = batches.counted(starts)
         share = {"cosine": counted.numel(), "kl": counted.numel(), "lm": max(1.0, float(counted.sum()))}
-        own = slice(self.processes.rank, None, self.processes.size)
-        sums = self._backward(weights, share, batches.tokens(starts[own]), counted[own])
+        sums = self._backward(weights, share, batches, done)
         means = self.processes.sum(sums)
         terms = dict(zip(loss.NAMES, means.tolist(), strict=True))
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip)
@@ -122,13 +138,12 @@ class Trainer:
         return {"loss": total, **terms, "learning_rate": rate, "grad_norm": size}
 
     def _backward(
-        self, weights: loss.Weights, share: Mapping[str, float], tokens: Tensor, counted: Tensor
+        self, weights: loss.Weights, share: Mapping[str, float], batches: Batches, done: int
     ) -> Tensor:
         """Gradients of this rank's sequences; returns each term over the tokens of all ranks, [3]."""
-        size, device = self.settings.micro_batch, self.processes.device
-        sums = torch.zeros(len(loss.NAMES), device=device)
-        for part, learnt in zip(tokens.split(size), counted.split(size), strict=True):
-            terms = self._terms(weights, part.to(device), learnt.to(device))
+        sums = torch.zeros(len(loss.NAMES), device=self.processes.device)
+        for batch, known in self._micro_batches(batches, done):
+            terms = self._terms(weights, batch, known)
             means = {name: x / share[name] for name, x in terms.items()}
             torch.stack([getattr(weights, name) * x for name, x in means.items()]).sum().backward()
             for index, name in enumerate(loss.NAMES):
@@ -136,21 +151,34 @@ class Trainer:
                     sums[index] += means[name].detach()
         return sums
 
-    def _terms(self, weights: loss.Weights, tokens: Tensor, counted: Tensor) -> dict[str, Tensor]:
-        """The terms that weigh something, summed over a micro-batch [B, context + 1]."""
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    def _micro_batches(self, batches: Batches, done: int) -> Iterator[tuple[Batch, Buckets | None]]:
+        """This rank's sequences of a step, with the parent's logits where they are stored."""
+        size, device = self.settings.micro_batch, self.processes.device
+        starts = batches.starts(done)
+        own = range(self.processes.rank, len(starts), self.processes.size)
+        stored = None if self.stored is None else self.stored.get(batches.stage)
+        for first in range(0, len(own), size):
+            places = own[first : first + size]
+            known = None if stored is None else stored.read(done, places).to(device)
+            yield batches.batch([starts[i] for i in places]).to(device), known
+
+    def _terms(self, weights: loss.Weights, batch: Batch, known: Buckets | None) -> dict[str, Tensor]:
+        """The terms that weigh something, summed over a micro-batch."""
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            states, logits = self.student(inputs)
+            states, logits = self.student(inputs, batch.lengths)
             if weights.parent and self.parent is not None:
                 with torch.no_grad():
-                    truth, likely = self.parent(inputs)
+                    truth, likely = self.parent(inputs, batch.lengths)
         terms = {}
         if weights.cosine:
             terms["cosine"] = loss.cosine_distance(states, truth)
-        if weights.kl:
+        if weights.kl and known is not None:
+            terms["kl"] = loss.bucket_divergence(logits, known, weights.temperature)
+        elif weights.kl:
             terms["kl"] = loss.divergence(logits, likely, weights.temperature)
         if weights.lm:
-            terms["lm"] = loss.next_token(logits, targets, counted)
+            terms["lm"] = loss.next_token(logits, targets, batch.counted)
         return terms
 
 
