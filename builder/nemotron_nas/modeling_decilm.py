@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -43,7 +44,7 @@ class DeciLMLinearMLP(nn.Module):
         return self.linear_mlp(hidden_states)
 
 
-class DeciLMLayer(nn.Module):
+class DeciLMLayer(GradientCheckpointingLayer):
     """Either half may be absent. `attention_index` counts attention layers: it is the cache's index."""
 
     def __init__(self, config: DeciLMConfig, index: int, attention_index: int) -> None:
@@ -74,6 +75,7 @@ class DeciLMPreTrainedModel(PreTrainedModel):
     config_class = DeciLMConfig
     base_model_prefix = "model"
     _no_split_modules = ["DeciLMLayer"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -150,5 +152,7 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            vocab_size = self.config.vocab_size
+            # With `num_items_in_batch`, the divisor where a step accumulates several batches.
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(outputs, CACHE)})
