@@ -45,7 +45,7 @@ class GrpcStream(Iterator[str]):
         self._id = stream_id()
         self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._grpc, self._client = grpc, grpc.InferenceServerClient(address)
-        self._open = True
+        self._open, self._refused = True, False
         body = dialect.body(prompt, max_tokens, True, sampling)
         arrays = {name: self._array(name, value) for name, value in body.items()}
         self._client.start_stream(callback=lambda result, error: self._answers.put((result, error)))
@@ -91,6 +91,7 @@ class GrpcStream(Iterator[str]):
             except queue.Empty:
                 raise UserError(f"{self._address}: no answer within {self._timeout_s:.0f} s") from None
             if error is not None:
+                self._refused = True
                 raise UserError(f"{self._address}: {error.message()}")
             text = result.as_numpy("text_output")
             if text is not None:
@@ -132,7 +133,9 @@ class GrpcStream(Iterator[str]):
     def _close(self) -> None:
         if self._open:
             self._open = False
-            self._client.stop_stream(cancel_requests=True)  # else it waits for a server that may not answer
+            # A server that may not answer is not waited for. One that has refused ends the stream itself, and
+            # Triton 24.10 dies where a cancel comes between a model's error and its end.
+            self._client.stop_stream(cancel_requests=not self._refused)
             self._client.close()
 
     def __enter__(self) -> GrpcStream:
