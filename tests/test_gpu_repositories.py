@@ -27,8 +27,7 @@ from builder import export
 from builder.errors import UserError
 from engines import manifest as manifests
 from engines.trtllm import serving
-from triton_repo import container, pbtxt, processes
-from triton_repo import server as servers
+from triton_repo import container, pbtxt, ports, processes, tritonserver
 from triton_repo.client import Endpoint, discover, generate, stream
 from triton_repo.dialect import LLMAPI
 from triton_repo.grpc_stream import GrpcStream
@@ -332,9 +331,9 @@ def test_served_from_inside_the_container(
     monkeypatch.setenv("PATH", machine.environment["PATH"])
     monkeypatch.setenv("STANDIN_ENGINE", str(tiny_engine))
     monkeypatch.syspath_prepend(machine.environment["PYTHONPATH"])
-    binary = servers.find_tritonserver()
-    environment = servers._environment()
-    options = [f"--backend-directory={servers._backend_directory(binary, tmp_path / 'scratch')}"]
+    binary = tritonserver.find_tritonserver()
+    environment = tritonserver.environment()
+    options = [f"--backend-directory={tritonserver.backend_directory(binary, tmp_path / 'scratch')}"]
     options += [f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")]
     wrapper = tmp_path / "tritonserver"
     names = [f"{name}={environment[name]}" for name in ("PATH", "LD_LIBRARY_PATH") if name in environment]
@@ -343,9 +342,9 @@ def test_served_from_inside_the_container(
     deployment = read_deployment(llmapi.repository)
     assert deployment is not None
     with pytest.raises(UserError, match="/opt/tritonserver/bin/tritonserver: missing; run this inside"):
-        container.check(deployment, servers._ports(0)[0])
+        container.check(deployment, ports.choose(0, "127.0.0.1")[0])
     monkeypatch.setattr(commands, "TRITONSERVER", str(wrapper))
-    port, said = servers._ports(0)[0], []
+    port, said = ports.choose(0, "127.0.0.1")[0], []
 
     def end_it(line: str) -> None:
         said.append(line)

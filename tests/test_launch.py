@@ -40,7 +40,7 @@ from triton_repo.launch.compose import compose
 from triton_repo.launch.kubernetes import DRAIN_S, object_name
 from triton_repo.launch.probe import probe_command
 from triton_repo.launch.rendering import continued, one_line, yaml_file
-from triton_repo.server import find_tritonserver
+from triton_repo.tritonserver import find_tritonserver
 
 KUBERNETES = "1.33"
 IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"

@@ -116,6 +116,7 @@ def test_repository_layout(engine: Path, tiny_hf: Path, tmp_path: Path) -> None:
     files = sorted(p.relative_to(tmp_path / "r").as_posix() for p in (tmp_path / "r").rglob("*"))
     assert [f for f in files if f.count("/") == 2] == [
         "postprocessing/1/model.py",
+        "preprocessing/1/limits.py",
         "preprocessing/1/model.py",
         "tensorrt_llm/1/cancellation.py",
         "tensorrt_llm/1/model.py",
@@ -177,6 +178,9 @@ def text_models(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(
         sys.modules, "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils")
     )
+    import triton_repo.models
+
+    monkeypatch.syspath_prepend(triton_repo.models.__path__[0])  # they lie beside each other in a repository
     from triton_repo.models import postprocessing, preprocessing
 
     return preprocessing, postprocessing

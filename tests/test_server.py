@@ -150,7 +150,7 @@ def test_killed_server_is_noticed_and_cleaned_up(repository: Path, tiny_engine: 
         assert killed._process is not None
         os.kill(killed._process.pid, signal.SIGKILL)
         killed.wait()
-    assert not list(Path("/dev/shm").glob(f"{killed._shm_prefix}*"))
+    assert not list(Path("/dev/shm").glob(f"{killed._name}*"))
     assert len(processes_using(tiny_engine)) == others
 
 

@@ -95,9 +95,9 @@ def _mpi() -> str:
 
 
 def _triton() -> str:
-    from triton_repo import server
+    from triton_repo import tritonserver
 
-    return str(server.find_tritonserver())
+    return str(tritonserver.find_tritonserver())
 
 
 def _aiperf() -> str:

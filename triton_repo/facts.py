@@ -8,13 +8,15 @@ from typing import Any
 
 from builder.surgery.parallel import format_windows
 from engines import manifest as manifests
+from engines.embedded.step import BLOCK_SIZE
 from engines.manifest import Manifest
 
 FACTS = "ffn_fusion_facts"  # a parameter of tensorrt_llm that its backends do not read
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:
-    """Counts, backend, ranks, the release and the GPU that built it, and blocks in parallel if any."""
+    """Counts, backend, ranks, limits, the release and GPU that built it, and blocks in parallel if any."""
+    blocks = manifest.kv_cache_blocks
     parallel = format_windows(manifest.architecture.parallel)
     gpus = manifest.hardware.get("gpus") or [{"name": manifest.hardware.get("cpu")}]
     return {
@@ -23,6 +25,8 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         "pp_size": manifest.pp_size,
         "tensorrt_llm": manifest.compiler.get("tensorrt_llm"),
         "built_on": gpus[0]["name"],
+        "max_input_len": manifest.max_input_len,
+        "max_seq_len": min(manifest.max_seq_len, blocks * BLOCK_SIZE if blocks else manifest.max_seq_len),
         **({"parallel_blocks": parallel} if parallel else {}),
     }
 

@@ -22,6 +22,15 @@ def _starts() -> dict[int, tuple[int, str]]:
     return found
 
 
+def start_time(pid: int) -> str:
+    """In clock ticks since the machine started, "" where there is no such process: PIDs are used again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
 def descendants(root: int) -> dict[int, str]:
     """Start times of the processes below `root`: the stubs, and the ranks of the engines they run."""
     processes, family = _starts(), {root}

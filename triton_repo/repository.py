@@ -7,7 +7,7 @@ differs. The PyTorch backend: one model, text to text, through the LLM API.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,7 @@ def prepare(
     directory = engine_dir.resolve()
     manifest = manifests.read(directory)
     if manifest.backend == "embedded":
-        if options is not None:
-            raise UserError(f"{directory}: embedded engines take no options of GPU engines; leave them out")
-        return Prepared(output=output, models=embedded.models(directory, _tokenizer(tokenizer_dir), manifest))
+        return Prepared(output=output, models=_embedded(directory, manifest, tokenizer_dir, options))
     options = options or DeployOptions()
     options.check_world_size(manifest.world_size)
     if manifest.backend == build.BACKEND:
@@ -79,6 +77,16 @@ def prepare(
     if tokenizer_dir is not None:
         raise UserError("tokenizer: the PyTorch backend reads its model's own; leave --tokenizer out")
     return _llmapi(directory, manifest, output.absolute(), options)
+
+
+def _embedded(
+    directory: Path, manifest: Manifest, tokenizer_dir: Path | None, options: DeployOptions | None
+) -> tuple[Model, ...]:
+    options = options or DeployOptions()
+    if replace(options, max_queue_size=0) != DeployOptions():
+        raise UserError(f"{directory}: embedded engines take no options of GPU engines; leave them out")
+    size = options.max_queue_size or embedded.MAX_QUEUE_SIZE
+    return embedded.models(directory, _tokenizer(tokenizer_dir), manifest, max_queue_size=size)
 
 
 def write_repository(

@@ -1,4 +1,4 @@
-"""The serving commands: deploy, compare-latency, demo, doctor."""
+"""The serving commands: deploy, what looks after servers, compare-latency, demo, doctor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import click
 from builder.options import DIRECTORY, JSON, emit
 from triton_repo.cli.compare_latency import compare_latency
 from triton_repo.cli.deploy import deploy
+from triton_repo.cli.openai import serve_openai
+from triton_repo.cli.servers import logs, status, stop
 
 
 @click.command()
@@ -36,4 +38,4 @@ def doctor(as_json: bool) -> None:
     emit({c.name: {"ready": c.ready, "detail": c.detail} for c in results}, as_json, "\n".join(lines))
 
 
-COMMANDS = (deploy, compare_latency, demo, doctor)
+COMMANDS = (deploy, status, stop, logs, serve_openai, compare_latency, demo, doctor)

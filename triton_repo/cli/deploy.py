@@ -12,6 +12,7 @@ import click
 from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
 from triton_repo.cli.deploy_options import deploy_options, flag_of, gpu_options, split
+from triton_repo.cli.serving_options import first_given, run, serving_options, take
 
 if TYPE_CHECKING:
     from triton_repo.deployment import Deployment
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("source", type=DIRECTORY)
 @click.option("-o", "--output", type=DIRECTORY, help="The model repository to write.")
 @click.option("--tokenizer", type=DIRECTORY, help="The Hugging Face directory that holds tokenizer.json.")
-@click.option("--serve", is_flag=True, help="Serve in the foreground until interrupted.")
+@click.option("--serve", is_flag=True, help="Serve until interrupted, and repair what dies.")
 @click.option("--write-only", is_flag=True, help="Write the repository without trying it.")
 @click.option(
     "--http-port",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="gRPC and metrics take the next two; 0 takes free ones.",
 )
+@serving_options
 @gpu_options
 @JSON
 def deploy(
@@ -54,11 +56,15 @@ def deploy(
     Examples:
         ffn-fusion deploy engine --tokenizer model -o repository
         ffn-fusion deploy repository --serve
+        ffn-fusion deploy repository --serve --detach --openai-port 9000
         curl -d '{"text_input": "def", "max_tokens": 8}' localhost:8000/v2/models/ensemble/generate
         ffn-fusion deploy engine --tokenizer model -o repository --manifests start   # of TensorRT-LLM
     """
     if serve and write_only:
         raise click.UsageError("--serve and --write-only contradict each other")
+    serving = take(options)
+    if not serve and any(serving.values()):
+        raise click.UsageError(f"{first_given(serving)} belongs to --serve")
     how, start = split(options)
     prepared, deployment = _source(source, output, tokenizer, how)
     if deployment is None:
@@ -66,8 +72,16 @@ def deploy(
             raise click.UsageError(f"{flag_of(next(iter(start)))} is for GPU engines")
         if prepared is not None:
             prepared.write()
-        _serve_embedded(output if prepared and output else source, serve, write_only, http_port, as_json)
+        repository = output if prepared and output else source
+        if serve:
+            run(repository, http_port, as_json, **serving)
+        else:
+            _try_embedded(repository, write_only, as_json)
         return
+    if any(serving.values()):
+        raise click.UsageError(
+            f"{first_given(serving)} is for embedded engines; change what --manifests writes for others"
+        )
     _check_start(deployment, start, serve, http_port)
     if prepared is not None:
         prepared.write()
@@ -101,23 +115,16 @@ def _check_start(deployment: Deployment, start: dict[str, Any], serve: bool, htt
         container.check(deployment, http_port)
 
 
-def _serve_embedded(repository: Path, serve: bool, write_only: bool, http_port: int, as_json: bool) -> None:
+def _try_embedded(repository: Path, write_only: bool, as_json: bool) -> None:
     from triton_repo.server import Server
 
     if write_only:
         emit({"repository": str(repository), "tried": False}, as_json, f"{repository}: written, not tried")
         return
-    with Server(repository, http_port=http_port if serve else 0) as server:
-        if serve:
-            url = f"{server.url}/v2/models/ensemble/generate"
-            emit(
-                {"repository": str(repository), "url": server.url}, as_json, f"serving {repository} on {url}"
-            )
-            sys.stdout.flush()
-            server.wait()
-    if not serve:
-        text = f"{repository}: served a token; now: ffn-fusion deploy {repository} --serve"
-        emit({"repository": str(repository), "tried": True}, as_json, text)
+    with Server(repository):
+        pass
+    text = f"{repository}: served a token; now: ffn-fusion deploy {repository} --serve"
+    emit({"repository": str(repository), "tried": True}, as_json, text)
 
 
 def _emit_start(deployment: Deployment, start: dict[str, Any], http_port: int, as_json: bool) -> None:

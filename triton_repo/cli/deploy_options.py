@@ -1,4 +1,4 @@
-"""The options of deploy that only GPU engines have."""
+"""The options of deploy that GPU engines have, and one that all have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
         click.IntRange(0),
         "Microseconds that Triton waits for a fuller batch. Default: 0.",
     ),
-    "max-queue-size": (click.IntRange(0), "Requests that may wait; more are refused. Default: no limit."),
+    "max-queue-size": (
+        click.IntRange(0),
+        "Requests that may wait; more are refused. Default: no limit; of an embedded engine 256.",
+    ),
     "kv-cache-fraction": (float, "Of the GPU memory that weights leave. Default: 0.9; with a draft 0.45."),
     "chunked-context/--no-chunked-context": (None, "Cut long prompts. Default: where the engine can."),
     "kv-cache-reuse/--no-kv-cache-reuse": (
@@ -38,6 +41,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
         "Requests at once through tensorrt_llm_bls. Default: 32 at most; without a draft 4.",
     ),
 }
+_ANY = ("max-queue-size",)  # embedded engines have it too
 _START: dict[str, tuple[Any, str]] = {
     "manifests": (DIRECTORY, "Directory to write that starts it: scripts, compose, Kubernetes, monitoring."),
     "gpus-per-node": (click.IntRange(1), "Default: 8."),
@@ -52,7 +56,8 @@ def _name(flag: str) -> str:
 def gpu_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add them; each is None where not given."""
     for flag, (kind, text) in reversed([*_OPTIONS.items(), *_START.items()]):
-        option = click.option(f"--{flag}", _name(flag), type=kind, default=None, help=f"GPU engine: {text}")
+        told = text if flag in _ANY else f"GPU engine: {text}"
+        option = click.option(f"--{flag}", _name(flag), type=kind, default=None, help=told)
         command = option(command)
     return command
 

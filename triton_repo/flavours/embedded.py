@@ -10,11 +10,21 @@ from triton_repo.flavours import text
 from triton_repo.pbtxt import Model, Tensor
 from triton_repo.tensors import PREPROCESSED, SAMPLING, answers
 
+MAX_QUEUE_SIZE = 256  # requests, each a thread of the model
 LOG_PROBS = ("cum_log_probs", "output_log_probs")  # of TensorRT-LLM's answers, those that this engine has
 
 
-def tensorrt_llm(engine: Path, tokenizer: Path, manifest: Manifest | None = None) -> Model:
-    """Tokens to tokens, one response a step when streaming."""
+def tensorrt_llm(
+    engine: Path,
+    tokenizer: Path,
+    manifest: Manifest | None = None,
+    *,
+    max_queue_size: int = MAX_QUEUE_SIZE,
+) -> Model:
+    """Tokens to tokens, one response a step when streaming.
+
+    Beside the engine's max_batch_size requests `max_queue_size` may wait; more are refused at once.
+    """
     return Model(
         name="tensorrt_llm",
         inputs=(
@@ -37,13 +47,17 @@ def tensorrt_llm(engine: Path, tokenizer: Path, manifest: Manifest | None = None
             "gpt_model_path": str(engine),
             "tokenizer_dir": str(tokenizer),
             "exclude_input_in_output": "true",
+            "max_queue_size": str(max_queue_size),
             **({FACTS: facts_text(manifest)} if manifest else {}),
         },
         code=("embedded.py", "cancellation.py"),
     )
 
 
-def models(engine: Path, tokenizer: Path, manifest: Manifest) -> tuple[Model, ...]:
+def models(
+    engine: Path, tokenizer: Path, manifest: Manifest, *, max_queue_size: int = MAX_QUEUE_SIZE
+) -> tuple[Model, ...]:
     """The four models of a repository for an embedded engine."""
-    tokens = tensorrt_llm(engine, tokenizer, manifest)
-    return text.preprocessing(tokenizer), tokens, text.postprocessing(tokenizer), text.ensemble(tokens)
+    tokens = tensorrt_llm(engine, tokenizer, manifest, max_queue_size=max_queue_size)
+    before = text.preprocessing(tokenizer, max_input_len=manifest.max_input_len)
+    return before, tokens, text.postprocessing(tokenizer), text.ensemble(tokens)

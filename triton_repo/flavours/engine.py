@@ -161,7 +161,9 @@ def models(
     tokens = tensorrt_llm(engine, manifest, tokenizer, options)
     size = tokens.max_batch_size
     made = [
-        text.preprocessing(tokenizer, max_batch_size=size, batching=batching(options)),
+        text.preprocessing(
+            tokenizer, max_input_len=manifest.max_input_len, max_batch_size=size, batching=batching(options)
+        ),
         tokens,
         text.postprocessing(tokenizer, max_batch_size=size),
         text.ensemble(tokens),

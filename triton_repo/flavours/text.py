@@ -18,9 +18,17 @@ from triton_repo.tensors import (
 
 
 def preprocessing(
-    tokenizer: Path, *, max_batch_size: int = 1, instances: int = 1, batching: Batching | None = None
+    tokenizer: Path,
+    *,
+    max_input_len: int = 0,
+    max_batch_size: int = 1,
+    instances: int = 1,
+    batching: Batching | None = None,
 ) -> Model:
-    """Text to tokens."""
+    """Text to tokens. `max_input_len` of the engine bounds the bytes that are looked at; 0 is no bound.
+
+    Fields that are not among `fields` are refused, for Triton itself drops them; empty `fields` let any pass.
+    """
     return Model(
         name="preprocessing",
         max_batch_size=max_batch_size,
@@ -32,8 +40,13 @@ def preprocessing(
             *(Tensor(name=n, data_type=t, dims=dims, optional=True) for n, t, dims in WORDS.values()),
         ),
         outputs=tuple(Tensor(name=n, data_type=t, dims=d) for n, (_, t, d) in PREPROCESSED.items()),
-        parameters={"tokenizer_dir": str(tokenizer), "add_special_tokens": "true"},
-        code=("preprocessing.py",),
+        parameters={
+            "tokenizer_dir": str(tokenizer),
+            "add_special_tokens": "true",
+            "max_input_len": str(max_input_len),
+            "fields": ",".join(tensor.name for tensor in client_inputs()),
+        },
+        code=("preprocessing.py", "limits.py"),
     )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,8 +27,8 @@ NEUTRAL = {
     "exclude_input_in_output": (True,),
 }
 HOSTS = "FFN_FUSION_HOSTS"  # a:2,b:2 puts ranks there; the server's own host comes first
+MAX_QUEUE_SIZE = {"string_value": "256"}  # of a repository that does not say
 PREFIX = 16  # tokens before the new ones that postprocessing needs to decode them
-THREADS = 256  # requests in flight; the engine itself runs max_batch_size of them at once
 
 
 def value(request, name: str):
@@ -71,6 +72,12 @@ def engine_request(request) -> Request:
         min_tokens=value(request, "min_tokens") or 0,
         return_log_probs=bool(value(request, "return_log_probs")),
     )
+
+
+def triton_error(error: Exception):
+    """What the client asked wrongly is HTTP 400; of an engine that died 503, for another server may do it."""
+    kind = pb_utils.TritonError
+    return kind(str(error), kind.INVALID_ARG if isinstance(error, UserError) else kind.UNAVAILABLE)
 
 
 class Said:
@@ -143,7 +150,10 @@ class TritonPythonModel:
     def initialize(self, args: dict) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         self.session = self.open_session(Path(parameters["gpt_model_path"]["string_value"]))
-        self.threads = ThreadPoolExecutor(THREADS)
+        self.max_queue_size = int(parameters.get("max_queue_size", MAX_QUEUE_SIZE)["string_value"])
+        batch = self.session.manifest.max_batch_size
+        self.places = threading.Semaphore(batch + self.max_queue_size)
+        self.threads = ThreadPoolExecutor(batch + self.max_queue_size)
         self.watcher = Watcher()
         self.by_id: dict[str, Running] = {}
 
@@ -163,16 +173,28 @@ class TritonPythonModel:
                 self.stop(request.request_id())
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 continue
+            if not self.places.acquire(blocking=False):
+                self.fail(sender, self.full())
+                continue
             try:
                 outputs = self.start(request)
             except (UserError, EngineError) as error:
-                self.fail(sender, pb_utils.TritonError(str(error)))
+                self.places.release()
+                self.fail(sender, triton_error(error))
                 continue
             names = set(request.requested_output_names())
             running = Running(outputs, sender, bool(value(request, "streaming")), names)
             if request.request_id():
                 self.by_id[request.request_id()] = running
             self.threads.submit(self.run, running, request.request_id())
+
+    def full(self):
+        """Said at once, for a client that can go elsewhere: HTTP 503."""
+        return pb_utils.TritonError(
+            f"the queue is full: {self.max_queue_size} requests wait; try again later, or deploy with a "
+            "larger --max-queue-size",
+            pb_utils.TritonError.UNAVAILABLE,
+        )
 
     def start(self, request):
         """The outputs of a request, step by step."""
@@ -192,7 +214,8 @@ class TritonPythonModel:
         except Cancelled:
             error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
         except (UserError, EngineError) as raised:
-            error = pb_utils.TritonError(str(raised))
+            error = triton_error(raised)
+        self.places.release()
         self.watcher.forget(key)
         if self.by_id.get(request_id) is running:
             del self.by_id[request_id]

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from limits import PromptLimit, check_fields, check_words, refusal
 from tokenizers import Tokenizer
+
+FIELDS = {"QUERY": "text_input", "STOP_WORDS_DICT": "stop_words", "BAD_WORDS_DICT": "bad_words"}
 
 
 def end_ids(directory: Path) -> list[int]:
@@ -45,6 +48,8 @@ class TritonPythonModel:
         self.special = parameters["add_special_tokens"]["string_value"] == "true"
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.end_ids = end_ids(directory)
+        self.limit = PromptLimit(self.tokenizer, int(parameters["max_input_len"]["string_value"]))
+        self.fields = [name for name in parameters["fields"]["string_value"].split(",") if name]
 
     def execute(self, requests: list) -> list:
         return [self.respond(request) for request in requests]
@@ -53,9 +58,11 @@ class TritonPythonModel:
         try:
             return pb_utils.InferenceResponse(output_tensors=self.encode(request))
         except ValueError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+            return refusal(str(error))
 
     def encode(self, request) -> list:
+        if self.fields:
+            check_fields(request, self.fields)
         prompts = self.texts(request, "QUERY")
         if len(prompts) != 1:
             raise ValueError(f"text_input: {len(prompts)} prompts in one request; send one a request")
@@ -80,13 +87,15 @@ class TritonPythonModel:
     def words(self, request, name: str) -> list[list[int]]:
         """The tokens of each word that is not empty."""
         texts = [text for text in self.texts(request, name) if text]
+        check_words(FIELDS[name], texts)
         return [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
     def texts(self, request, name: str) -> list[str]:
         tensor = pb_utils.get_input_tensor_by_name(request, name)
-        if tensor is None:
-            return []
+        values = [] if tensor is None else [bytes(value) for value in tensor.as_numpy().flat]
+        for value in values:
+            self.limit.check(value, FIELDS[name])
         try:
-            return [bytes(value).decode("utf-8") for value in tensor.as_numpy().flat]
+            return [value.decode("utf-8") for value in values]
         except UnicodeDecodeError:
-            raise ValueError(f"{name}: not valid UTF-8; encode the text as UTF-8") from None
+            raise ValueError(f"{FIELDS[name]}: not valid UTF-8; encode the text as UTF-8") from None

@@ -1,0 +1,266 @@
+"""A server in the background, and what can happen to it: every process killed, clients that misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.errors import UserError
+from triton_repo import leftovers
+from triton_repo.client import Endpoint, generate, stream
+from triton_repo.leftovers import SHM, sweep
+from triton_repo.ports import choose
+from triton_repo.processes import descendants, start_time
+from triton_repo.repository import write_repository
+
+PROMPT = "The quick brown fox"
+
+
+class Machine:
+    """The commands as a user has them, with a state directory of their own."""
+
+    def __init__(self, place: Path, repository: Path) -> None:
+        self.repository = repository
+        self.environment = {**os.environ, "XDG_STATE_HOME": str(place)}
+        self.port = choose(0, "127.0.0.1")[0]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "ffn_fusion", *map(str, arguments)]
+        return subprocess.run(line, env=self.environment, capture_output=True, text=True, timeout=120)
+
+    def deploy(self, *options: object) -> subprocess.CompletedProcess[str]:
+        return self.run("deploy", self.repository, "--serve", "--detach", "--http-port", self.port, *options)
+
+    def status(self) -> dict[str, Any]:
+        (told,) = json.loads(self.run("status", "--json").stdout)["servers"]
+        return told
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_engine: Path, tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("repositories") / "chat"
+    write_repository(tiny_engine, tiny_hf, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def machine(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    made = Machine(tmp_path_factory.mktemp("state"), repository)
+    started = made.deploy("--grace", 8)
+    assert started.returncode == 0, started.stderr
+    assert f"serving {repository} on {made.url} as chat" in started.stdout
+    yield made
+    made.run("stop", "--all")
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def process(machine: Machine, words: str) -> int:
+    """The one process of the server whose command line has these words."""
+    (found,) = [pid for pid in descendants(machine.status()["pid"]) if words in command(pid)]
+    return found
+
+
+def until(what: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.2)
+
+
+def test_status_and_logs(machine: Machine) -> None:
+    expected = generate(Endpoint(machine.url), PROMPT, max_tokens=5)
+    assert expected
+    told = machine.status()
+    assert (told["name"], told["state"], told["repaired"]) == ("chat", "serving", 0)
+    assert told["answered"] >= 2
+    text = machine.run("status").stdout
+    assert "chat" in text
+    assert machine.url in text
+    assert "Started HTTPService" in machine.run("logs", "--triton").stdout
+    again = machine.deploy()
+    assert again.returncode == 1
+    assert "name: 'chat' runs already on" in again.stderr
+    other = machine.deploy("--name", "other")
+    assert other.returncode == 1
+    assert f"port {machine.port} is taken" in other.stderr
+    assert [x["name"] for x in json.loads(machine.run("status", "--json").stdout)["servers"]] == ["chat"]
+
+
+def test_models_and_memory_are_not_for_clients(machine: Machine) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", machine.port, timeout=10)
+    for method, path in (
+        ("POST", "/v2/repository/index"),
+        ("POST", "/v2/repository/models/ensemble/unload"),
+        ("GET", "/v2/systemsharedmemory/status"),
+        ("POST", "/v2/systemsharedmemory/region/x/register"),
+        ("GET", "/v2/logging"),
+        ("GET", "/v2/trace/setting"),
+    ):
+        connection.request(method, path, b"{}")
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 403, path
+    connection.close()
+    import tritonclient.grpc as grpc
+
+    client = grpc.InferenceServerClient(f"127.0.0.1:{machine.port + 1}")
+    with pytest.raises(grpc.InferenceServerException, match="restricted"):
+        client.unload_model("ensemble")
+    with pytest.raises(grpc.InferenceServerException, match="restricted"):
+        client.register_system_shared_memory("x", "/x", 1)
+    client.close()
+    assert generate(Endpoint(machine.url), PROMPT, max_tokens=2)
+
+
+def test_half_a_request_and_a_client_that_goes(machine: Machine) -> None:
+    """A request that never ends, idle connections and a stream cut off hold up nobody."""
+    held = [socket.create_connection(("127.0.0.1", machine.port)) for _ in range(3)]
+    held[0].sendall(b"POST /v2/models/ensemble/generate HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+    for _ in range(8):  # twice the engine's batch
+        running = stream(Endpoint(machine.url), PROMPT, max_tokens=60)
+        next(running)
+        running.close()
+    begin = time.monotonic()
+    assert generate(Endpoint(machine.url), PROMPT, max_tokens=4)
+    assert time.monotonic() - begin < 10
+    for one in held:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("engines.embedded.worker", "the engine died: rank 0 ended by SIGKILL; loading the models again"),
+        ("tensorrt_llm/1/model.py", "is not healthy; loading the models again"),
+        ("bin/tritonserver", "tritonserver died"),
+    ],
+)
+def test_what_is_killed_comes_back(machine: Machine, words: str, said: str) -> None:
+    end, before = Endpoint(machine.url), machine.status()
+    expected = generate(end, PROMPT, max_tokens=12)
+    os.kill(process(machine, words), signal.SIGKILL)
+    until(lambda: machine.status()["repaired"] == before["repaired"] + 1)
+    until(lambda: machine.status()["state"] == "serving")
+    assert generate(end, PROMPT, max_tokens=12) == expected
+    assert said in machine.run("logs").stdout
+    assert machine.status()["pid"] == before["pid"]
+
+
+def test_it_gives_up_after_so_many_repairs(machine: Machine) -> None:
+    """The fourth within ten minutes; nothing stays behind, and the record says why."""
+    told = machine.status()
+    family = descendants(told["pid"])
+    os.kill(process(machine, "bin/tritonserver"), signal.SIGKILL)
+    until(lambda: machine.status()["state"] == "dead")
+    assert "3 repairs within 600 s were not enough" in machine.run("logs").stdout
+    until(lambda: all(start_time(pid) != start for pid, start in family.items()))
+    stopped = machine.run("stop", "chat")
+    assert stopped.stdout == "chat: had died; forgotten\n"
+    assert "no server runs in the background" in machine.run("status").stdout
+    assert machine.run("stop").returncode == 1
+
+
+def test_stop_under_load_lets_running_requests_end(machine: Machine) -> None:
+    """And refuses new ones; OpenAI's API beside the server ends with it."""
+    front = choose(0, "127.0.0.1")[0]
+    machine.run("stop", "--all")
+    started = machine.deploy("--grace", 20, "--openai-port", front)
+    assert started.returncode == 0, started.stderr
+    end = Endpoint(machine.url)
+    expected = generate(end, PROMPT, max_tokens=100)
+    connection = http.client.HTTPConnection("127.0.0.1", front, timeout=10)
+    connection.request("GET", "/v1/models")
+    assert connection.getresponse().status == 200
+    connection.close()
+    running = [stream(end, PROMPT, max_tokens=100) for _ in range(4)]
+    texts = [next(x) for x in running]
+    stopping = threading.Thread(target=machine.run, args=("stop",))
+    stopping.start()
+    for i, one in enumerate(running):
+        texts[i] += "".join(one)
+    assert texts == [expected] * 4
+    stopping.join(60)
+    with pytest.raises(UserError, match="connection refused"):
+        generate(end, PROMPT, max_tokens=1)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", front))
+
+
+def test_all_killed_at_once_is_swept_by_the_next(machine: Machine) -> None:
+    """The supervisor, tritonserver, stubs and ranks; another server's leftovers stay."""
+    machine.run("stop", "--all")
+    assert machine.deploy().returncode == 0
+    told = machine.status()
+    family = descendants(told["pid"])
+    theirs = set(SHM.glob("ffn-fusion-*"))
+    mine = SHM / f"{leftovers.name()}x"
+    mine.write_text("of a server that this process looks after")
+    for pid in (told["pid"], *family):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: all(start_time(pid) != start for pid, start in family.items()))
+    left = {x for x in theirs if x.exists() and f"-{told['pid']}-" in x.name}
+    assert left
+    assert machine.deploy().returncode == 0
+    assert not any(x.exists() for x in left)
+    assert mine.exists()
+    assert generate(Endpoint(machine.url), PROMPT, max_tokens=2)
+    mine.unlink()
+
+
+def test_a_killed_supervisor_takes_its_server_with_it(machine: Machine) -> None:
+    told = machine.status()
+    family = descendants(told["pid"])
+    os.kill(told["pid"], signal.SIGKILL)
+    until(lambda: all(start_time(pid) != start for pid, start in family.items()))
+    assert machine.status()["state"] == "dead"
+    sweep()
+    assert not list(SHM.glob(f"ffn-fusion-*-{told['pid']}-*"))
+
+
+def test_full_shared_memory(machine: Machine, tmp_path: Path) -> None:
+    """In a mount namespace of its own, with 16 MB."""
+    mount = "mount -t tmpfs -o size=16m tmpfs /dev/shm"
+    serve = f"{sys.executable} -m ffn_fusion deploy {machine.repository} --serve --http-port 0"
+    line = ["unshare", "--mount", "sh", "-c", f"{mount} && exec {serve}"]
+    told = subprocess.run(line, env=machine.environment, capture_output=True, text=True, timeout=60)
+    if "unshare" in told.stderr or "mount" in told.stderr:
+        pytest.skip(f"no mount namespace here: {told.stderr.strip()}")
+    assert told.returncode == 1
+    assert "/dev/shm: 16 MB are free, Triton's models need 64" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--detach",), 2, "--detach belongs to --serve"),
+        (("--serve", "--name", "x"), 2, "--name belongs to --detach"),
+        (("--serve", "--host", "localhost"), 1, "host: 'localhost' is no IP address"),
+        (("--serve", "--detach", "--name", "a/b"), 1, "name: 'a/b' is no name of a server"),
+        (("--serve", "--host", "203.0.113.7"), 1, "warning: whoever reaches 203.0.113.7"),
+    ],
+)
+def test_wrong_use(machine: Machine, options: tuple[str, ...], code: int, message: str) -> None:
+    told = machine.run("deploy", machine.repository, *options)
+    assert told.returncode == code
+    assert message in told.stderr
