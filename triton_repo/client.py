@@ -170,9 +170,11 @@ def pieces(texts: Iterator[str], dialect: Dialect, url: str) -> Iterator[str]:
         shown = text
 
 
-def measure(endpoint: Endpoint, prompt: str, *, max_tokens: int, **sampling: Any) -> RequestTiming:
-    """Stream one request and time its chunks."""
-    start = time.perf_counter()
+def measure(
+    endpoint: Endpoint, prompt: str, *, max_tokens: int, since: float | None = None, **sampling: Any
+) -> RequestTiming:
+    """Stream one request and time its chunks, from now or from `since` on the clock of perf_counter."""
+    start = time.perf_counter() if since is None else since
     times, texts = [], []
     for piece in stream(endpoint, prompt, max_tokens=max_tokens, **sampling):
         times.append(time.perf_counter())

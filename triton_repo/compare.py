@@ -1,28 +1,30 @@
 """Baseline against candidate: the same prompts, in interleaved rounds, as distributions and ratios.
 
 Rounds alternate ABBA, so a drift of the machine meets both alike. Within a round `concurrency` clients
-work through the prompts, each sending its next request when the last has ended (closed loop). A round is
-timed by this package's client through Triton, by aiperf through Triton, or by trtllm-bench without it.
+work through the prompts, each sending its next request when the last has ended (closed loop), or requests
+come at random times of a rate (open loop, `triton_repo.load`). A round is timed by this package's client
+through Triton, by aiperf through Triton, or by trtllm-bench without it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from triton_repo.client import Endpoint, measure
-from triton_repo.rounds import METRICS, SIDES, AnyRound, RecordedRound, Round, Row, row
+from triton_repo.client import Endpoint
+from triton_repo.history import Against
+from triton_repo.load import Load
+from triton_repo.rounds import METRICS, SIDES, AnyRound, RecordedRound, Round, Row, Targets, row
+from triton_repo.server_times import ServerTimes
 
-VERSION = 1
+VERSION = 2
 PACKAGES = ("tensorrt_llm", "torch", "tritonclient")
-MIN_ROUNDS = 5  # 2 ** (1 - 5) is near 0.05
+STEADY, MOST_WARM_UPS = 0.1, 6  # a round is warm when its median is so near to that of the one before
 DEFAULT_PROMPTS = (
     "def main(argv=None):\n",
     "import os\nimport sys\n\n",
@@ -46,13 +48,15 @@ class Comparison:
     quality: dict[str, Any] | None
     hardware: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)  # of this machine's packages
+    server_times: dict[str, Any] = field(default_factory=dict)  # by side and model, as Triton counts
+    against: Against | None = None  # a kept run of the same hardware
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Those that were measured, in their order."""
         return tuple(m for m in METRICS if any(row.metric == m for row in self.rows))
 
-    def row(self, metric: str, concurrency: int) -> Row:
+    def row(self, metric: str, concurrency: float) -> Row:
         return next(r for r in self.rows if (r.metric, r.concurrency) == (metric, concurrency))
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,52 +70,89 @@ def compare(
     *,
     prompts: Sequence[str],
     max_tokens: int,
-    concurrency: Sequence[int] = (1, 2, 4),
+    concurrency: Sequence[float] = (1, 2, 4),
     rounds: int = 8,
     seed: int = 0,
+    open_loop: bool = False,
+    equal_lengths: bool = True,
+    targets: Targets | None = None,
     baseline_facts: dict[str, Any] | None = None,
     candidate_facts: dict[str, Any] | None = None,
     quality: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """Measure both endpoints, greedily, `rounds` rounds a side at each concurrency after a warm-up.
+    """Measure both endpoints, greedily, `rounds` rounds a side at each level after a warm-up.
 
-    Raises UserError where a server fails.
+    A level of `concurrency` is clients at once; with `open_loop` requests/s. `equal_lengths` asks for all of
+    `max_tokens` where the models can be asked for it. Raises UserError where a server fails.
     """
     ends = dict(zip(SIDES, (baseline, candidate), strict=True))
-
-    def warm_up(level: int) -> None:
-        for end in (*ends.values(), *ends.values()):
-            _run_round("", end, prompts, max_tokens, level)
-
-    measured = interleave(
-        lambda side, level, _: _run_round(side, ends[side], prompts, max_tokens, level),
-        concurrency,
-        rounds,
-        warm_up=warm_up,
-        progress=progress,
+    load = Load(
+        prompts=prompts, max_tokens=max_tokens, open_loop=open_loop, equal_lengths=equal_lengths, seed=seed
     )
+    times = {side: ServerTimes(end) for side, end in ends.items()}
+    warm_ups: list[int] = []
+
+    def run(side: str, level: float, number: int) -> Round:
+        with times[side]:
+            wall, timings = load.run(ends[side], level, number)
+        return Round(side=side, concurrency=level, wall_s=wall, timings=timings, targets=targets)
+
+    def warm_up(level: float) -> None:
+        progress(f"warming up at {level:g}")
+        warm_ups.append(_warm_up(lambda side: load.run(ends[side], level, -1)[1]))
+
+    measured = interleave(run, concurrency, rounds, warm_up=warm_up, progress=progress)
+    lengths = "all of them" if equal_lengths else "or fewer"
+    loop = "open loop (Poisson)" if open_loop else "closed loop"
     return assemble(
         measured,
         method="through Triton",
         how=f"{rounds} interleaved rounds a side and level (ABBA) of {len(prompts)} prompts, repeated "
-        f"until every client has two, {max_tokens} tokens each, greedy, closed loop, after two warm-up "
-        "rounds.",
-        settings=settings(prompts, max_tokens, concurrency, rounds, seed),
-        notes=notes,
+        f"until every client has two, {max_tokens} tokens each, {lengths}, greedy, {loop}, after "
+        f"{', '.join(map(str, warm_ups))} warm-up rounds.",
+        settings={
+            **settings(prompts, max_tokens, concurrency, rounds, seed),
+            "requests": [load.requests(level) for level in concurrency],
+            "load": "open" if open_loop else "closed",
+            "warm_up_rounds": warm_ups,
+            "targets": None if targets is None else asdict(targets),
+        },
+        notes=(*notes, *_cold(warm_ups)),
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
         quality=quality,
+        server_times={side: told for side, x in times.items() if (told := x.means())},
+    )
+
+
+def _warm_up(run: Callable[[str], Sequence[Any]]) -> int:
+    """Rounds of both sides until each one's median latency is that of the round before; their number."""
+    last: dict[str, float] = {}
+    for number in range(1, MOST_WARM_UPS + 1):
+        now = {side: float(np.median([t.latency_s for t in run(side)])) for side in SIDES}
+        if last and all(abs(now[side] / last[side] - 1) <= STEADY for side in SIDES):
+            return number
+        last = now
+    return MOST_WARM_UPS
+
+
+def _cold(warm_ups: Sequence[int]) -> tuple[str, ...]:
+    if MOST_WARM_UPS not in warm_ups:
+        return ()
+    return (
+        f"Latency had not settled to within {STEADY:.0%} after {MOST_WARM_UPS} warm-up rounds: the machine "
+        "is noisy, or a server still warms up.",
     )
 
 
 def interleave(
-    run: Callable[[str, int, int], AnyRound],
-    levels: Sequence[int],
+    run: Callable[[str, Any, int], AnyRound],
+    levels: Sequence[float],
     rounds: int,
     *,
-    warm_up: Callable[[int], None] = lambda level: None,
+    warm_up: Callable[[float], None] = lambda level: None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[AnyRound]:
     """`run(side, level, number)` for `rounds` rounds a side at each level, the sides ABBA."""
@@ -119,7 +160,7 @@ def interleave(
     for level in levels:
         warm_up(level)
         for number in range(rounds):
-            progress(f"concurrency {level}, round {number + 1} of {rounds}")
+            progress(f"at {level:g}, round {number + 1} of {rounds}")
             order = SIDES if number % 2 == 0 else SIDES[::-1]
             measured += [run(side, level, number) for side in order]
     return measured
@@ -135,24 +176,24 @@ def assemble(
     baseline_facts: dict[str, Any] | None = None,
     candidate_facts: dict[str, Any] | None = None,
     quality: dict[str, Any] | None = None,
+    server_times: dict[str, Any] | None = None,
 ) -> Comparison:
     """The comparison that measured rounds make; `settings` has concurrency, rounds and seed."""
     from engines import hardware
 
-    levels, seed = settings["concurrency"], settings["seed"]
+    levels = settings["concurrency"]
     metrics = [m for m in METRICS if all(r.samples(m) for r in rounds)]
     samples = {side: _values(rounds, side, levels[0], "inter_token_ms") for side in SIDES}
     tools = any(isinstance(r, RecordedRound) for r in rounds)  # they tell a request's mean at best
     return Comparison(
         method=method,
         how=how,
-        rows=tuple(row(rounds, metric, level, seed) for level in levels for metric in metrics),
+        rows=tuple(row(rounds, metric, level) for level in levels for metric in metrics),
         inter_token_ms={} if tools else samples,
         notes=(
             *notes,
             *_backends(baseline_facts, candidate_facts),
             *_notes(rounds),
-            *_few_rounds(settings["rounds"]),
         ),
         settings=settings,
         baseline_facts=baseline_facts,
@@ -160,6 +201,7 @@ def assemble(
         quality=quality,
         hardware={**hardware.cpu(), "gpus": [asdict(gpu) for gpu in hardware.gpus()]},
         versions=_versions(),
+        server_times=server_times or {},
     )
 
 
@@ -174,12 +216,12 @@ def _versions() -> dict[str, str]:
 
 
 def settings(
-    prompts: Sequence[str], max_tokens: int, concurrency: Sequence[int], rounds: int, seed: int
+    prompts: Sequence[str], max_tokens: int, concurrency: Sequence[float], rounds: int, seed: int
 ) -> dict[str, Any]:
     """What was asked of both sides, for the report."""
     return {
         "prompts": len(prompts),
-        "requests": [len(enough(prompts, level)) for level in concurrency],
+        "requests": [len(enough(prompts, int(level))) for level in concurrency],
         "max_tokens": max_tokens,
         "concurrency": list(concurrency),
         "rounds": rounds,
@@ -192,15 +234,7 @@ def enough(prompts: Sequence[str], level: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(prompts), max(len(prompts), 2 * level)))
 
 
-def _run_round(side: str, endpoint: Endpoint, prompts: Sequence[str], max_tokens: int, level: int) -> Round:
-    start = time.perf_counter()
-    with ThreadPoolExecutor(level) as clients:
-        asked = enough(prompts, level)
-        timings = tuple(clients.map(lambda p: measure(endpoint, p, max_tokens=max_tokens), asked))
-    return Round(side=side, concurrency=level, wall_s=time.perf_counter() - start, timings=timings)
-
-
-def _values(rounds: Sequence[AnyRound], side: str, level: int, metric: str) -> list[float]:
+def _values(rounds: Sequence[AnyRound], side: str, level: float, metric: str) -> list[float]:
     return [x for r in rounds if (r.side, r.concurrency) == (side, level) for x in r.samples(metric)]
 
 
@@ -214,21 +248,15 @@ def _backends(*facts: dict[str, Any] | None) -> tuple[str, ...]:
 
 def _notes(rounds: Sequence[AnyRound]) -> tuple[str, ...]:
     """What keeps the two sides from having done equal work."""
-    lengths = {side: sorted(x for r in rounds if r.side == side for x in r.lengths) for side in SIDES}
-    if lengths["baseline"] == lengths["candidate"]:
+    lengths = {side: [x for r in rounds if r.side == side for x in r.lengths] for side in SIDES}
+    if sorted(lengths["baseline"]) == sorted(lengths["candidate"]):
         return ()
     means = {side: np.mean(lengths[side]) for side in SIDES}
+    unlike = ""
+    if len(lengths["baseline"]) == len(lengths["candidate"]):
+        share = np.mean([a != b for a, b in zip(*lengths.values(), strict=True)])
+        unlike = f"; {share:.0%} of the requests are of unlike length"
     return (
         f"Outputs differ in length: {means['baseline']:.1f} tokens a request from the baseline, "
-        f"{means['candidate']:.1f} from the candidate. Request latency is not of equal work.",
-    )
-
-
-def _few_rounds(rounds: int) -> tuple[str, ...]:
-    """Of so few pairs all fall on one side by chance, and no resampling of them reaches the other."""
-    if rounds >= MIN_ROUNDS:
-        return ()
-    return (
-        f"With {rounds} rounds the interval is too narrow: equal sides would seem to differ in about 1 of "
-        f"{2 ** (rounds - 1)} comparisons, where 95% means 1 of 20. Give --rounds {MIN_ROUNDS} or more.",
+        f"{means['candidate']:.1f} from the candidate{unlike}. Request latency is not of equal work.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -10,28 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from builder.errors import UserError
 from builder.storage import output_directory, write_json
+from triton_repo import plots
 from triton_repo.compare import Comparison
 from triton_repo.rounds import METRICS, SIDES, Row
+from triton_repo.words import SHORT, at, removed, unit
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-COLOURS = {"baseline": "#8a8f98", "candidate": "#2f80ed"}  # both read on light and on dark
-INK = "#808080"
-SHORT = {
-    "ttft_ms": "TTFT, ms",
-    "inter_token_ms": "inter-token, ms",
-    "latency_ms": "request, ms",
-    "tokens_per_s": "tokens/s",
-    "user_tokens_per_s": "tokens/s, one",
-}
-REMOVED = {
-    "layers": "layers",
-    "attention_layers": "attention layers",
-    "all_reduces_per_token": "all-reduces per token",
-    "kv_bytes_per_token": "KV cache bytes per token",
-    "parameters": "parameters",
-}
 RAN = {
     "engine": "engine",
     "backend": "backend",
@@ -48,7 +33,7 @@ def check_output(directory: Path) -> None:
     """Refuse an output directory before minutes are spent on measuring."""
     if directory.exists():
         raise UserError(f"{directory}: exists; remove it or choose another output directory")
-    _pyplot()
+    plots.pyplot_or_refuse()
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
@@ -58,17 +43,19 @@ def print_table(comparison: Comparison, console: Console) -> None:
     table = Table(
         title="candidate / baseline, with 95% interval", box=None, collapse_padding=True, pad_edge=False
     )
-    for name in ("", "clients", "", "p50", "p90", "p99", "mean", "ratio"):
+    for name in ("", unit(comparison), "", "p50", "p90", "p99", "mean", "ratio"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in comparison.rows:
         for side in SIDES:
             values = getattr(row, side)
             numbers = (_number(x) for x in (values.p50, values.p90, values.p99, values.mean))
-            first = (SHORT[row.metric], str(row.concurrency)) if side == "baseline" else ("", "")
+            first = (SHORT[row.metric], f"{row.concurrency:g}") if side == "baseline" else ("", "")
             table.add_row(*first, side[:4], *numbers, "" if side == "baseline" else interval(row))
     console.print(table)
     for note in comparison.notes:
         console.print(note, highlight=False)
+    for line in changed(comparison):
+        console.print(line, highlight=False)
     console.print(machine(comparison), style="dim", highlight=False)
     console.print(headline(comparison), style="bold")
 
@@ -86,9 +73,9 @@ def headline(comparison: Comparison) -> str:
     """How much faster, and how sure, in one sentence."""
     level = comparison.settings["concurrency"][0]
     row = comparison.row("inter_token_ms", level)
-    clients = "one client" if level == 1 else f"{level} clients"
+    clients = at(comparison, level)
     if not row.ratio.differs:
-        return f"No difference in inter-token latency at {clients} (ratio {interval(row)})."
+        return f"No certain difference in inter-token latency at {clients} (ratio {interval(row)})."
     factor, word = (1 / row.ratio.value, "faster") if row.ratio.value < 1 else (row.ratio.value, "slower")
     bounds = sorted(
         (1 / row.ratio.low, 1 / row.ratio.high) if row.ratio.value < 1 else (row.ratio.low, row.ratio.high)
@@ -97,6 +84,44 @@ def headline(comparison: Comparison) -> str:
         f"The candidate is {factor:.2f} times {word} per token at {clients} "
         f"(95% interval {bounds[0]:.2f} to {bounds[1]:.2f})."
     )
+
+
+def changed(comparison: Comparison) -> list[str]:
+    """What differs from the kept run, a line each; that nothing does is a line as well."""
+    if comparison.against is None:
+        return []
+    found = [x for x in comparison.against.changes if x.slower or x.faster]
+    lines = [
+        f"{x.side} is {'slower' if x.slower else 'faster'} than in {comparison.against.file}: "
+        f"{SHORT[x.metric]} at {at(comparison, x.concurrency)} {x.ratio:.2f} times "
+        f"[{x.low:.2f}, {x.high:.2f}]"
+        for x in found
+    ]
+    return lines or [f"No certain change since {comparison.against.file}."]
+
+
+def cost(comparison: Comparison) -> str:
+    """What the speed costs, in a sentence."""
+    if not comparison.quality:
+        return "Quality was not measured: give --data and both models."
+    *_, (name, last) = comparison.quality.items()
+    kl = "" if last.get("kl") is None else f", KL to the parent {_value(last['kl']):.4f}"
+    first = next(iter(comparison.quality.values()))
+    return (
+        f"Perplexity {_value(first['perplexity']):.2f} becomes {_value(last['perplexity']):.2f}{kl} ({name})."
+    )
+
+
+def _value(x: Any) -> float:
+    """Of a number, or of one with its interval."""
+    return float(x["value"] if isinstance(x, dict) else x)
+
+
+def _shown(x: Any, form: str) -> str:
+    """`1.23 [1.20, 1.26]`, or the number alone."""
+    if not isinstance(x, dict) or x.get("low") is None:
+        return format(_value(x), form)
+    return f"{x['value']:{form}} [{x['low']:{form}}, {x['high']:{form}}]"
 
 
 def write_report(comparison: Comparison, directory: Path, runs: Path | None = None) -> None:
@@ -128,19 +153,18 @@ def render(comparison: Comparison) -> str:
         interval=interval,
         ran=_ran(comparison),
         machine=machine(comparison),
-        removed=_removed(comparison),
-        distribution=Markup(_distribution(comparison)),
-        concurrency=Markup(_concurrency(comparison)),
-        removed_plot=Markup(_removed_plot(comparison)),
+        removed=removed(comparison),
+        unit=unit(comparison),
+        cost=cost(comparison),
+        changed=changed(comparison),
+        shown=_shown,
+        outliers=sum(getattr(r, s).outliers for r in comparison.rows for s in SIDES),
+        ratios=Markup(plots.ratios(comparison)),
+        in_rounds=Markup(plots.in_rounds(comparison)),
+        distribution=Markup(plots.distribution(comparison)),
+        concurrency=Markup(plots.over_load(comparison)),
+        removed_plot=Markup(plots.what_is_left(comparison)),
     )
-
-
-def _removed(comparison: Comparison) -> list[tuple[str, int, int]]:
-    """What the candidate has less of: name, baseline, candidate."""
-    before, after = comparison.baseline_facts, comparison.candidate_facts
-    if before is None or after is None or not REMOVED.keys() <= before.keys() & after.keys():
-        return []
-    return [(text, before[key], after[key]) for key, text in REMOVED.items()]
 
 
 def _ran(comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -167,87 +191,3 @@ def machine(comparison: Comparison) -> str:
 def _gpu(gpu: dict[str, Any]) -> str:
     clock = f", {gpu['clock']} MHz after measuring" if gpu.get("clock") is not None else ""
     return f"{gpu['name']} (driver {gpu['driver']}, SM clock at most {gpu['max_clock']} MHz{clock})"
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise UserError("matplotlib is missing; pip install 'ffn-fusion[report]'") from None
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    _pyplot().close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def _axes(width: float = 6.0, height: float = 3.2) -> tuple[Any, Any]:
-    pyplot = _pyplot()
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "report"}
-    colours = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-    )
-    pyplot.rcParams.update({**style, **colours})
-    figure, axes = pyplot.subplots(figsize=(width, height))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=INK, alpha=0.2)
-    return figure, axes
-
-
-def _distribution(comparison: Comparison) -> str:
-    """Share of tokens that came within a time, cut at the 99.5th percentile of the slower side.
-
-    Empty where single values are not known.
-    """
-    import numpy as np
-
-    if not comparison.inter_token_ms:
-        return ""
-    figure, axes = _axes()
-    limit = max(np.percentile(values, 99.5) for values in comparison.inter_token_ms.values())
-    for side in SIDES:
-        values = np.sort(comparison.inter_token_ms[side])
-        axes.step(values, np.arange(1, len(values) + 1) / len(values), color=COLOURS[side], label=side, lw=2)
-    axes.set(xlim=(0, limit), ylim=(0, 1.01), xlabel="inter-token latency, ms", ylabel="share of tokens")
-    axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
-
-
-def _concurrency(comparison: Comparison) -> str:
-    """Median to 99th percentile of the request latency at every concurrency."""
-    figure, axes = _axes()
-    levels = comparison.settings["concurrency"]
-    for number, side in enumerate(SIDES):
-        rows = [getattr(comparison.row("latency_ms", level), side) for level in levels]
-        places = [i + (number - 0.5) * 0.12 for i in range(len(levels))]
-        medians = [r.p50 for r in rows]
-        reach = [[0] * len(rows), [max(0.0, r.p99 - r.p50) for r in rows]]
-        axes.errorbar(
-            places, medians, yerr=reach, color=COLOURS[side], label=side, marker="o", capsize=4, lw=2
-        )
-    axes.set_xticks(range(len(levels)), [str(level) for level in levels])
-    axes.set(xlabel="clients at once", ylabel="request latency, ms (p50 to p99)", ylim=(0, None))
-    axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
-
-
-def _removed_plot(comparison: Comparison) -> str:
-    """What is left of each count, as a share of the baseline's."""
-    removed = [(name, before, after) for name, before, after in _removed(comparison) if before]
-    if not removed:
-        return ""
-    figure, axes = _axes(height=0.5 * len(removed) + 0.9)
-    names = [name for name, _, _ in removed][::-1]
-    shares = [100 * after / before for _, before, after in removed][::-1]
-    axes.barh(names, [100] * len(names), color=COLOURS["baseline"], alpha=0.35)
-    bars = axes.barh(names, shares, color=COLOURS["candidate"])
-    axes.bar_label(bars, [f"{share:.0f}%" for share in shares], padding=4)
-    axes.set(xlabel="candidate, % of baseline", xlim=(0, max(115, *shares)))
-    axes.grid(visible=False)
-    return _svg(figure)

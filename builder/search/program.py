@@ -135,7 +135,7 @@ class Program:
         `difference` choices of attention and FFN. After `seconds` the best found so far is returned with
         its `gap`, or TimeoutError raised where none was found.
         """
-        from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+        from scipy.optimize import Bounds, LinearConstraint, milp
 
         rows = self.rows.copy()
         for name, limit in limits.items():

@@ -41,7 +41,7 @@ class Rows:
 
     def matrix(self, num_variables: int) -> tuple[Any, np.ndarray, np.ndarray]:
         """A sparse [rows, num_variables] with its bounds; a variable named twice in a row counts twice."""
-        from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+        from scipy.sparse import csr_matrix
 
         entries = [(r, i, c) for r, terms in enumerate(self.terms) for i, c in terms]
         row, column, value = zip(*entries, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ import click
 
 from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
+from triton_repo.cli.compare_options import own_options, parse_concurrency, quality_models, read_prompts
 
 if TYPE_CHECKING:
     from triton_repo.client import Endpoint
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 TRITON, BENCH = "triton", "trtllm-bench"
 DEFAULTS = {TRITON: {"concurrency": "1,2,4", "rounds": 8}, BENCH: {"concurrency": "1,32", "rounds": 5}}
 # Options of one way of measuring only.
-ONLY = {TRITON: ("prompts", "model", "load_generator"), BENCH: ("input_tokens", "num_requests")}
+OWN = ("rate", "slo", "natural_lengths")  # of the built-in load generator
+QUALITY = ("data", "baseline_model", "candidate_model")
+ONLY = {
+    TRITON: ("prompts", "model", "load_generator", *OWN, *QUALITY),
+    BENCH: ("input_tokens", "num_requests"),
+}
 
 
 @click.command("compare-latency")
@@ -62,10 +69,23 @@ ONLY = {TRITON: ("prompts", "model", "load_generator"), BENCH: ("input_tokens", 
     type=click.IntRange(1),
     help="Requests of a trtllm-bench round. Default: 32, or 4 times the concurrency.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap and random prompts.")
+@click.option("--rate", help="Open loop: requests/s that come as they please, a list, for --concurrency.")
+@click.option("--slo", help="Count good requests/s: ttft=200,inter_token=30,latency=2000 in ms, some or all.")
+@click.option("--natural-lengths", is_flag=True, default=None, help="Let answers end by themselves.")
+@click.option("--data", type=DIRECTORY, multiple=True, help="Text: the page tells the quality as well.")
+@click.option("--baseline-model", type=DIRECTORY, help="--data: the Hugging Face directory of BASELINE.")
+@click.option("--candidate-model", type=DIRECTORY, help="--data: that of CANDIDATE.")
+@click.option("--history", type=DIRECTORY, help="Keep the run there, and tell what changed since the last.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random prompts and arrivals.")
 @JSON
 def compare_latency(
-    baseline: str, candidate: str, output: Path, via: str, as_json: bool, **options: Any
+    baseline: str,
+    candidate: str,
+    output: Path,
+    via: str,
+    history: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure CANDIDATE against BASELINE: two engines, or two URLs of running Triton servers.
 
@@ -76,6 +96,7 @@ def compare_latency(
     Examples:
         ffn-fusion compare-latency engines/parent engines/fused --tokenizer model -o report
         ffn-fusion compare-latency http://a:8000 http://b:8000 --concurrency 1,32 -o report
+        ffn-fusion compare-latency http://a:8000 http://b:8000 --rate 2,8 --slo ttft=200 -o report
         ffn-fusion compare-latency parent fused --via trtllm-bench --tokenizer model -o report
         ffn-fusion compare-latency http://a http://b --load-generator aiperf --tokenizer model -o report
     """
@@ -84,7 +105,7 @@ def compare_latency(
     from triton_repo import report
 
     for name in ONLY[BENCH if via == TRITON else TRITON]:
-        if options[name] is not None:
+        if options[name]:
             other = TRITON if via == BENCH else BENCH
             raise click.UsageError(f"--{name.replace('_', '-')} belongs to --via {other}")
     defaults = {name: value for name, value in DEFAULTS[via].items() if options[name] is None}
@@ -101,6 +122,8 @@ def compare_latency(
             comparison = _through_bench(stack, baseline, candidate, runs, **options)
         else:
             comparison = _through_triton(stack, baseline, candidate, runs, **options)
+        if history is not None:
+            comparison = _against(comparison, history)
         report.write_report(comparison, output, runs)
     if as_json:
         emit(comparison.to_dict(), True, "")
@@ -121,10 +144,20 @@ def _through_triton(
     load_generator: str | None,
     input_tokens: int | None,
     num_requests: int | None,
+    rate: str | None,
+    slo: str | None,
+    natural_lengths: bool | None,
+    data: tuple[Path, ...],
+    baseline_model: Path | None,
+    candidate_model: Path | None,
     **options: Any,
 ) -> Comparison:
     from triton_repo import aiperf, compare
+    from triton_repo.quality import measure
 
+    own = own_options(load_generator, rate, slo, natural_lengths)
+    options |= own
+    models = quality_models(data, baseline_model, candidate_model)
     if model is not None and not (_is_url(baseline) or _is_url(candidate)):
         raise click.UsageError("--model is for URLs; engines are served as ensemble")
     options["prompts"] = read_prompts(prompts) if prompts else list(compare.DEFAULT_PROMPTS)
@@ -134,11 +167,21 @@ def _through_triton(
         aiperf.find()
     ends = [_endpoint(stack, given, tokenizer, model) for given in (baseline, candidate)]
     options.update(_facts(baseline, candidate), notes=_elsewhere(baseline, candidate))
+    quality = None if models is None else measure(*models, data, options["seed"])
     options.update(progress=_progress(stack, "warming up"))
     if runs is None:
-        return compare.compare(*ends, **options)
+        return compare.compare(*ends, quality=quality, **options)
     assert tokenizer is not None, "checked above"
-    return aiperf.compare(*ends, tokenizer=tokenizer, runs=runs, **options)
+    return replace(aiperf.compare(*ends, tokenizer=tokenizer, runs=runs, **options), quality=quality)
+
+
+def _against(comparison: Comparison, history: Path) -> Comparison:
+    """The comparison with what changed since the last of its kind; it is kept for the next."""
+    from triton_repo.history import against_last, keep
+
+    found = replace(comparison, against=against_last(history, comparison.to_dict()))
+    keep(history, found.to_dict())
+    return found
 
 
 def _through_bench(
@@ -151,6 +194,12 @@ def _through_bench(
     model: None,
     load_generator: None,
     input_tokens: int | None,
+    rate: None,
+    slo: None,
+    natural_lengths: None,
+    data: tuple[()],
+    baseline_model: None,
+    candidate_model: None,
     **options: Any,
 ) -> Comparison:
     from triton_repo.bench_comparison import compare_engines
@@ -211,27 +260,6 @@ def _elsewhere(*given: str) -> tuple[str, ...]:
     if all(host in ("localhost", "::1") or host.startswith("127.") for host in hosts):
         return ()
     return ("The servers run on other machines: processor, GPUs and packages told below are the client's.",)
-
-
-def parse_concurrency(text: str) -> tuple[int, ...]:
-    """`1,2,4` as numbers."""
-    levels = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.split(","))
-    if min(levels) < 1 or len(set(levels)) != len(levels):
-        raise click.BadParameter(
-            f"{text!r} is no list of unlike positive numbers", param_hint="--concurrency"
-        )
-    return levels
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8 text; give a text file with one prompt a line") from None
-    if not lines:
-        raise UserError(f"{file}: empty; give one prompt a line")
-    return lines
 
 
 def _is_url(given: str) -> bool:
