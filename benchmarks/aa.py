@@ -2,8 +2,8 @@
 
     python -m benchmarks.aa [--runs 40] [--json]
 
-Two tritonservers serve one engine, the demo's parent at TP 1; each run is a comparison as compare-latency makes
-it by default, at one client.
+Two tritonservers serve one engine, the demo's parent at TP 1; each run is a comparison as compare-latency
+makes it by default, at one client.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def main() -> None:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return
     sys.stdout.write(
-        f"{result['called_different']} of {options.runs} comparisons of equal sides call a difference, the 95% "
-        f"interval leaves 1 out in {result['outside_95']}; its half width is {result['median_half_width']:.1%}\n"
+        f"{result['called_different']} of {options.runs} comparisons of equal sides call a difference; the "
+        f"95% interval leaves 1 out in {result['outside_95']}, its half width is "
+        f"{result['median_half_width']:.1%}\n"
     )
 
 

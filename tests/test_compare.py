@@ -16,11 +16,21 @@ import pytest
 from rich.console import Console
 
 from builder.errors import UserError
-from triton_repo import compare, load, report
+from triton_repo import compare, load, measuring, report, shapes
 from triton_repo.client import Endpoint, RequestTiming, generate, measure, stream
 from triton_repo.history import against_last, keep
 from triton_repo.load import Load
-from triton_repo.rounds import Ratio, RecordedRound, Statistics, Targets, combined, ratio, statistics
+from triton_repo.rounds import (
+    Ratio,
+    RecordedRound,
+    Round,
+    Statistics,
+    Targets,
+    combined,
+    ratio,
+    row,
+    statistics,
+)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -103,15 +113,15 @@ def test_client_without_a_server() -> None:
         Endpoint("localhost:8000")
 
 
-def make_round(side: str, generator: np.random.Generator, scale: float, chunks: int = 16) -> compare.Round:
+def make_round(side: str, generator: np.random.Generator, scale: float, chunks: int = 16) -> Round:
     gaps = tuple(scale * generator.gamma(20, 1e-4, chunks - 1))
     timing = RequestTiming(
         ttft_s=0.01 * scale, inter_token_s=gaps, latency_s=0.01 * scale + sum(gaps), text=""
     )
-    return compare.Round(side=side, concurrency=1, wall_s=timing.latency_s, timings=(timing,) * 3)
+    return Round(side=side, concurrency=1, wall_s=timing.latency_s, timings=(timing,) * 3)
 
 
-def make_rounds(scale: float, seed: int = 0, count: int = 12) -> list[compare.Round]:
+def make_rounds(scale: float, seed: int = 0, count: int = 12) -> list[Round]:
     generator = np.random.default_rng(seed)
     return [
         make_round(s, generator, scale if s == "candidate" else 1.0)
@@ -129,15 +139,15 @@ def test_statistics_are_numpys() -> None:
 
 
 def test_a_difference_is_found_and_its_size_is_right() -> None:
-    row = compare.row(make_rounds(0.8), "inter_token_ms", 1)
-    assert row.ratio.differs
-    assert row.ratio.low < 0.8 < row.ratio.high
-    assert row.ratio.value == pytest.approx(0.8, abs=0.03)
+    found = row(make_rounds(0.8), "inter_token_ms", 1)
+    assert found.ratio.differs
+    assert found.ratio.low < 0.8 < found.ratio.high
+    assert found.ratio.value == pytest.approx(0.8, abs=0.03)
 
 
 def test_equal_sides_rarely_differ() -> None:
     """One comparison in a hundred; the bound is that of 60 trials at 1 in 1000."""
-    found = sum(compare.row(make_rounds(1.0, seed), "inter_token_ms", 1).ratio.differs for seed in range(60))
+    found = sum(row(make_rounds(1.0, seed), "inter_token_ms", 1).ratio.differs for seed in range(60))
     assert found <= 4
 
 
@@ -159,16 +169,16 @@ def test_percentiles_of_runs_are_combined_and_said_to_be() -> None:
     runs += [recorded("candidate", x) for x in (5.0, 6.0, 7.0)]
     logs = np.log([5 / 10, 6 / 12, 7 / 11])
     reach = 4.302653 * logs.std(ddof=1) / np.sqrt(3)  # of Student's t with 2 degrees of freedom
-    row = compare.row(runs, "inter_token_ms", 1)
-    assert (row.baseline.p50, row.baseline.p90, row.baseline.p99) == (11.0, 22.0, 33.0)
-    assert row.baseline.mean == pytest.approx(1.5 * (10 * 10 + 12 * 10 + 11 * 30) / 50)
-    assert (row.baseline.count, row.candidate.count) == (50, 30)
-    assert row.ratio.value == pytest.approx(np.exp(logs.mean()))
-    assert row.ratio.low == pytest.approx(np.exp(logs.mean() - reach))
-    assert row.ratio.high == pytest.approx(np.exp(logs.mean() + reach))
-    rate = compare.row(runs, "tokens_per_s", 1)
+    found = row(runs, "inter_token_ms", 1)
+    assert (found.baseline.p50, found.baseline.p90, found.baseline.p99) == (11.0, 22.0, 33.0)
+    assert found.baseline.mean == pytest.approx(1.5 * (10 * 10 + 12 * 10 + 11 * 30) / 50)
+    assert (found.baseline.count, found.candidate.count) == (50, 30)
+    assert found.ratio.value == pytest.approx(np.exp(logs.mean()))
+    assert found.ratio.low == pytest.approx(np.exp(logs.mean() - reach))
+    assert found.ratio.high == pytest.approx(np.exp(logs.mean() + reach))
+    rate = row(runs, "tokens_per_s", 1)
     assert rate.baseline.p50 == pytest.approx(1e3 / 11)
-    assert combined([row.baseline]) == row.baseline
+    assert combined([found.baseline]) == found.baseline
 
 
 NOISE = {
@@ -216,9 +226,7 @@ def test_goodput_counts_requests_within_all_targets() -> None:
     slow = RequestTiming(ttft_s=0.1, inter_token_s=(0.05,), latency_s=0.15, text="")
     targets = Targets(ttft=200, inter_token=30)
     assert [targets.met(x) for x in (good, late, slow)] == [True, False, False]
-    one = compare.Round(
-        side="baseline", concurrency=1, wall_s=2.0, timings=(good, good, late, slow), targets=targets
-    )
+    one = Round(side="baseline", concurrency=1, wall_s=2.0, timings=(good, good, late, slow), targets=targets)
     assert one.samples("goodput_per_s") == [1.0]
 
 
@@ -242,9 +250,9 @@ def test_warm_up_goes_on_until_it_is_steady() -> None:
         told = iter(values)
         return lambda side: [RequestTiming(ttft_s=0, inter_token_s=(), latency_s=next(told), text="")]
 
-    assert compare._warm_up(rounds([5, 5, 2, 2, 1, 1, 1, 1])) == 4
-    assert compare._warm_up(rounds([1, 2, 1.05, 2.1])) == 2
-    assert compare._warm_up(rounds([2.0**-i for i in range(12)])) == compare.MOST_WARM_UPS
+    assert measuring.until_steady(rounds([5, 5, 2, 2, 1, 1, 1, 1])) == 4
+    assert measuring.until_steady(rounds([1, 2, 1.05, 2.1])) == 2
+    assert measuring.until_steady(rounds([2.0**-i for i in range(12)])) == measuring.MOST_WARM_UPS
     assert "had not settled" in compare._cold([2, 6])[0]
 
 
@@ -335,7 +343,7 @@ def test_order_of_rounds_is_abba(endpoint: Endpoint) -> None:
         order.append(side)
         return recorded(side, 1.0)
 
-    compare.interleave(run, (1,), 4, warm_up=lambda level: order.append("warm"))
+    measuring.interleave(run, (1,), 4, warm_up=lambda level: order.append("warm"))
     assert order == ["warm", *(["baseline", "candidate", "candidate", "baseline"] * 2)]
     made = compare.compare(endpoint, endpoint, prompts=["x"], max_tokens=3, concurrency=(1,), rounds=4)
     assert made.settings["warm_up_rounds"][0] >= 2
@@ -368,7 +376,7 @@ def comparison() -> compare.Comparison:
     return compare.Comparison(
         method="through Triton",
         how="12 rounds.",
-        rows=tuple(compare.row(rounds, metric, 1) for metric in TIMED),
+        rows=tuple(row(rounds, metric, 1) for metric in TIMED),
         inter_token_ms={s: compare._values(rounds, s, 1, "inter_token_ms") for s in compare.SIDES},
         notes=("Outputs <differ>.",),
         settings={"prompts": 3, "max_tokens": 16, "concurrency": [1], "rounds": 12, "seed": 0},
@@ -421,8 +429,8 @@ def test_table_fits_a_terminal(comparison: compare.Comparison) -> None:
 
 def test_no_difference_is_said() -> None:
     rounds = make_rounds(1.0, seed=3)
-    row = compare.row(rounds, "inter_token_ms", 1)
-    assert not row.ratio.differs
+    found = row(rounds, "inter_token_ms", 1)
+    assert not found.ratio.differs
 
 
 def test_every_client_is_at_work(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +449,7 @@ def test_every_client_is_at_work(endpoint: Endpoint, monkeypatch: pytest.MonkeyP
         return RequestTiming(ttft_s=0.1, inter_token_s=(0.1,), latency_s=0.2, text="x")
 
     monkeypatch.setattr(load, "measure", counted)
-    monkeypatch.setattr(compare, "_warm_up", lambda run: 0)
+    monkeypatch.setattr(measuring, "until_steady", lambda run: 0)
     result = compare.compare(
         endpoint, endpoint, prompts=["a", "b", "c", "d"], max_tokens=2, concurrency=(16,), rounds=2
     )
@@ -464,3 +472,14 @@ def test_unlike_backends_and_other_machines_are_told() -> None:
     assert "different backends, a and b" in compare._backends({"backend": "a"}, {"backend": "b"})[0]
     assert _elsewhere("http://127.0.0.1:8000", "http://localhost:8010", "engine") == ()
     assert "other machines" in _elsewhere("http://127.0.0.1:8000", "http://node7:8000")[0]
+
+
+def test_prompts_have_the_lengths_asked_for(tiny_hf: Path) -> None:
+    from tokenizers import Tokenizer
+
+    made = shapes.make([(12, 5), (40, 7)], compare.DEFAULT_PROMPTS, tiny_hf)
+    encoder = Tokenizer.from_file(str(tiny_hf / "tokenizer.json"))
+    assert [(x.input_tokens, x.output_tokens) for x in made] == [(12, 5), (40, 7)]
+    for shape in made:
+        assert {len(encoder.encode(text).ids) for text in shape.prompts} == {shape.input_tokens}
+        assert len(set(shape.prompts)) > 1

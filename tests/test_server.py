@@ -204,6 +204,34 @@ def test_compare_latency_command(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.html").is_file()
 
 
+def test_compare_latency_with_everything(server: Server, tiny_hf: Path, tmp_path: Path) -> None:
+    """Open loop, goodput, lengths, quality and history; Triton's own times are there too."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    line = ["compare-latency", server.url, server.url, "--tokenizer", str(tiny_hf), "--rounds", "3", "--json"]
+    line += ["--max-tokens", "6", "--rate", "20", "--slo", "ttft=5000,latency=9000", "--lengths", "12:5,40:9"]
+    line += ["--data", str(text), "--baseline-model", str(tiny_hf), "--candidate-model", str(tiny_hf)]
+    line += ["--history", str(tmp_path / "kept")]
+    first, second = (
+        CliRunner().invoke(main, [*line, "-o", str(tmp_path / name)]) for name in ("first", "second")
+    )
+    assert first.exit_code == second.exit_code == 0, first.output + second.output
+    told, again = json.loads(first.stdout), json.loads(second.stdout)
+    rows = {row["metric"]: row for row in told["rows"]}
+    assert told["settings"]["load"] == "open"
+    assert rows["goodput_per_s"]["baseline"]["p50"] > 0
+    assert rows["latency_ms"]["baseline_rounds"]
+    assert [(x["input_tokens"], x["output_tokens"]) for x in told["by_shape"]] == [(12, 5), (40, 9)]
+    assert told["quality"]["candidate"]["kl"]["value"] == pytest.approx(0, abs=1e-9)
+    assert told["server_times"]["candidate"]["ensemble"]["requests"] > 10
+    assert told["against"] is None
+    assert again["against"]["file"] in {x.name for x in (tmp_path / "kept").iterdir()}
+    page = (tmp_path / "second" / "report.html").read_text()
+    assert "What Triton says of its own time" in page
+    assert "By length" in page
+    assert "requests/s" in page
+
+
 def test_server_tells_what_it_serves(server: Server, tiny_engine: Path) -> None:
     """By the repository, so that a report through a URL knows ranks and counts."""
     from triton_repo.client import server_facts

@@ -19,7 +19,8 @@ from builder.errors import UserError
 from engines import logged
 from engines.mpi import inner_environment
 from triton_repo.client import Endpoint
-from triton_repo.compare import Comparison, assemble, enough, interleave, settings
+from triton_repo.compare import Comparison, assemble, enough, settings
+from triton_repo.measuring import interleave
 from triton_repo.rounds import SIDES, AnyRound, RecordedRound
 
 RECORDS = "profile_export.jsonl"

@@ -10,7 +10,8 @@ from typing import Any
 from engines.trtllm import bench
 from engines.trtllm.bench_command import Load
 from engines.trtllm.bench_report import Result
-from triton_repo.compare import Comparison, assemble, interleave
+from triton_repo.compare import Comparison, assemble
+from triton_repo.measuring import interleave
 from triton_repo.rounds import SIDES, AnyRound, RecordedRound, Statistics
 
 PERCENTILES_ONLY = (

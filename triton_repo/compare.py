@@ -19,12 +19,12 @@ import numpy as np
 from triton_repo.client import Endpoint
 from triton_repo.history import Against
 from triton_repo.load import Load
-from triton_repo.rounds import METRICS, SIDES, AnyRound, RecordedRound, Round, Row, Targets, row
-from triton_repo.server_times import ServerTimes
+from triton_repo.measuring import MOST_WARM_UPS, STEADY, Sides
+from triton_repo.rounds import METRICS, SIDES, AnyRound, RecordedRound, Row, Targets, row
+from triton_repo.shapes import Shape, ShapeRows, shape_rows
 
 VERSION = 2
 PACKAGES = ("tensorrt_llm", "torch", "tritonclient")
-STEADY, MOST_WARM_UPS = 0.1, 6  # a round is warm when its median is so near to that of the one before
 DEFAULT_PROMPTS = (
     "def main(argv=None):\n",
     "import os\nimport sys\n\n",
@@ -49,6 +49,7 @@ class Comparison:
     hardware: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)  # of this machine's packages
     server_times: dict[str, Any] = field(default_factory=dict)  # by side and model, as Triton counts
+    by_shape: tuple[ShapeRows, ...] = ()  # at the first level, for prompts and answers of other lengths
     against: Against | None = None  # a kept run of the same hardware
 
     @property
@@ -76,6 +77,7 @@ def compare(
     open_loop: bool = False,
     equal_lengths: bool = True,
     targets: Targets | None = None,
+    shapes: Sequence[Shape] = (),
     baseline_facts: dict[str, Any] | None = None,
     candidate_facts: dict[str, Any] | None = None,
     quality: dict[str, Any] | None = None,
@@ -85,25 +87,18 @@ def compare(
     """Measure both endpoints, greedily, `rounds` rounds a side at each level after a warm-up.
 
     A level of `concurrency` is clients at once; with `open_loop` requests/s. `equal_lengths` asks for all of
-    `max_tokens` where the models can be asked for it. Raises UserError where a server fails.
+    `max_tokens` where the models can be asked for it. `shapes` are measured at the first level. Raises
+    UserError where a server fails.
     """
-    ends = dict(zip(SIDES, (baseline, candidate), strict=True))
-    load = Load(
-        prompts=prompts, max_tokens=max_tokens, open_loop=open_loop, equal_lengths=equal_lengths, seed=seed
-    )
-    times = {side: ServerTimes(end) for side, end in ends.items()}
-    warm_ups: list[int] = []
-
-    def run(side: str, level: float, number: int) -> Round:
-        with times[side]:
-            wall, timings = load.run(ends[side], level, number)
-        return Round(side=side, concurrency=level, wall_s=wall, timings=timings, targets=targets)
-
-    def warm_up(level: float) -> None:
-        progress(f"warming up at {level:g}")
-        warm_ups.append(_warm_up(lambda side: load.run(ends[side], level, -1)[1]))
-
-    measured = interleave(run, concurrency, rounds, warm_up=warm_up, progress=progress)
+    sides = Sides(baseline, candidate, rounds=rounds, targets=targets, progress=progress)
+    how: dict[str, Any] = {"open_loop": open_loop, "equal_lengths": equal_lengths, "seed": seed}
+    load = Load(prompts=prompts, max_tokens=max_tokens, **how)
+    measured, warm_ups = sides.measure(load, concurrency)
+    by_shape = []
+    for shape in shapes:
+        progress(f"{shape.input_tokens} tokens in, {shape.output_tokens} out")
+        load_of = Load(prompts=shape.prompts, max_tokens=shape.output_tokens, **how)
+        by_shape.append(shape_rows(shape, sides.measure(load_of, concurrency[:1])[0]))
     lengths = "all of them" if equal_lengths else "or fewer"
     loop = "open loop (Poisson)" if open_loop else "closed loop"
     return assemble(
@@ -123,19 +118,9 @@ def compare(
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
         quality=quality,
-        server_times={side: told for side, x in times.items() if (told := x.means())},
+        server_times=sides.server_times(),
+        by_shape=by_shape,
     )
-
-
-def _warm_up(run: Callable[[str], Sequence[Any]]) -> int:
-    """Rounds of both sides until each one's median latency is that of the round before; their number."""
-    last: dict[str, float] = {}
-    for number in range(1, MOST_WARM_UPS + 1):
-        now = {side: float(np.median([t.latency_s for t in run(side)])) for side in SIDES}
-        if last and all(abs(now[side] / last[side] - 1) <= STEADY for side in SIDES):
-            return number
-        last = now
-    return MOST_WARM_UPS
 
 
 def _cold(warm_ups: Sequence[int]) -> tuple[str, ...]:
@@ -145,25 +130,6 @@ def _cold(warm_ups: Sequence[int]) -> tuple[str, ...]:
         f"Latency had not settled to within {STEADY:.0%} after {MOST_WARM_UPS} warm-up rounds: the machine "
         "is noisy, or a server still warms up.",
     )
-
-
-def interleave(
-    run: Callable[[str, Any, int], AnyRound],
-    levels: Sequence[float],
-    rounds: int,
-    *,
-    warm_up: Callable[[float], None] = lambda level: None,
-    progress: Callable[[str], None] = lambda text: None,
-) -> list[AnyRound]:
-    """`run(side, level, number)` for `rounds` rounds a side at each level, the sides ABBA."""
-    measured: list[AnyRound] = []
-    for level in levels:
-        warm_up(level)
-        for number in range(rounds):
-            progress(f"at {level:g}, round {number + 1} of {rounds}")
-            order = SIDES if number % 2 == 0 else SIDES[::-1]
-            measured += [run(side, level, number) for side in order]
-    return measured
 
 
 def assemble(
@@ -177,6 +143,7 @@ def assemble(
     candidate_facts: dict[str, Any] | None = None,
     quality: dict[str, Any] | None = None,
     server_times: dict[str, Any] | None = None,
+    by_shape: Sequence[ShapeRows] = (),
 ) -> Comparison:
     """The comparison that measured rounds make; `settings` has concurrency, rounds and seed."""
     from engines import hardware
@@ -202,6 +169,7 @@ def assemble(
         hardware={**hardware.cpu(), "gpus": [asdict(gpu) for gpu in hardware.gpus()]},
         versions=_versions(),
         server_times=server_times or {},
+        by_shape=tuple(by_shape),
     )
 
 

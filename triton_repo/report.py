@@ -17,6 +17,7 @@ from triton_repo.words import SHORT, at, removed, unit
 if TYPE_CHECKING:
     from rich.console import Console
 
+TIMES = ("ttft_ms", "inter_token_ms", "latency_ms")
 RAN = {
     "engine": "engine",
     "backend": "backend",
@@ -52,6 +53,9 @@ def print_table(comparison: Comparison, console: Console) -> None:
             first = (SHORT[row.metric], f"{row.concurrency:g}") if side == "baseline" else ("", "")
             table.add_row(*first, side[:4], *numbers, "" if side == "baseline" else interval(row))
     console.print(table)
+    for shape in comparison.by_shape:
+        told = ", ".join(f"{SHORT[m].partition(',')[0]} {interval(shape.row(m))}" for m in TIMES)
+        console.print(f"{shape.input_tokens} tokens in, {shape.output_tokens} out: {told}", highlight=False)
     for note in comparison.notes:
         console.print(note, highlight=False)
     for line in changed(comparison):

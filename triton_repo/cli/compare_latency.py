@@ -14,7 +14,13 @@ import click
 
 from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
-from triton_repo.cli.compare_options import own_options, parse_concurrency, quality_models, read_prompts
+from triton_repo.cli.compare_options import (
+    own_options,
+    parse_concurrency,
+    parse_lengths,
+    quality_models,
+    read_prompts,
+)
 
 if TYPE_CHECKING:
     from triton_repo.client import Endpoint
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
 TRITON, BENCH = "triton", "trtllm-bench"
 DEFAULTS = {TRITON: {"concurrency": "1,2,4", "rounds": 8}, BENCH: {"concurrency": "1,32", "rounds": 5}}
 # Options of one way of measuring only.
-OWN = ("rate", "slo", "natural_lengths")  # of the built-in load generator
+OWN = ("rate", "slo", "natural_lengths", "lengths")  # of the built-in load generator
 QUALITY = ("data", "baseline_model", "candidate_model")
 ONLY = {
     TRITON: ("prompts", "model", "load_generator", *OWN, *QUALITY),
@@ -72,6 +78,7 @@ ONLY = {
 @click.option("--rate", help="Open loop: requests/s that come as they please, a list, for --concurrency.")
 @click.option("--slo", help="Count good requests/s: ttft=200,inter_token=30,latency=2000 in ms, some or all.")
 @click.option("--natural-lengths", is_flag=True, default=None, help="Let answers end by themselves.")
+@click.option("--lengths", help="Also measure prompts and answers of these tokens, IN:OUT: 32:64,512:64.")
 @click.option("--data", type=DIRECTORY, multiple=True, help="Text: the page tells the quality as well.")
 @click.option("--baseline-model", type=DIRECTORY, help="--data: the Hugging Face directory of BASELINE.")
 @click.option("--candidate-model", type=DIRECTORY, help="--data: that of CANDIDATE.")
@@ -147,15 +154,16 @@ def _through_triton(
     rate: str | None,
     slo: str | None,
     natural_lengths: bool | None,
+    lengths: str | None,
     data: tuple[Path, ...],
     baseline_model: Path | None,
     candidate_model: Path | None,
     **options: Any,
 ) -> Comparison:
-    from triton_repo import aiperf, compare
+    from triton_repo import aiperf, compare, shapes
     from triton_repo.quality import measure
 
-    own = own_options(load_generator, rate, slo, natural_lengths)
+    own = own_options(load_generator, rate, slo, natural_lengths, lengths)
     options |= own
     models = quality_models(data, baseline_model, candidate_model)
     if model is not None and not (_is_url(baseline) or _is_url(candidate)):
@@ -165,6 +173,10 @@ def _through_triton(
         if tokenizer is None:
             raise click.UsageError("--load-generator aiperf needs --tokenizer DIR")
         aiperf.find()
+    if lengths is not None:
+        if tokenizer is None:
+            raise click.UsageError("--lengths needs --tokenizer DIR")
+        options["shapes"] = shapes.make(parse_lengths(lengths), options["prompts"], tokenizer)
     ends = [_endpoint(stack, given, tokenizer, model) for given in (baseline, candidate)]
     options.update(_facts(baseline, candidate), notes=_elsewhere(baseline, candidate))
     quality = None if models is None else measure(*models, data, options["seed"])
@@ -197,6 +209,7 @@ def _through_bench(
     rate: None,
     slo: None,
     natural_lengths: None,
+    lengths: None,
     data: tuple[()],
     baseline_model: None,
     candidate_model: None,

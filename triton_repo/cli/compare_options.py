@@ -14,11 +14,20 @@ if TYPE_CHECKING:
 
 
 def own_options(
-    load_generator: str | None, rate: str | None, slo: str | None, natural_lengths: bool | None
+    load_generator: str | None,
+    rate: str | None,
+    slo: str | None,
+    natural_lengths: bool | None,
+    lengths: str | None,
 ) -> dict[str, Any]:
     """What only the built-in load generator can do, as arguments of `compare`."""
     if load_generator == "aiperf":
-        for name, value in (("rate", rate), ("slo", slo), ("natural-lengths", natural_lengths)):
+        for name, value in (
+            ("rate", rate),
+            ("slo", slo),
+            ("natural-lengths", natural_lengths),
+            ("lengths", lengths),
+        ):
             if value:
                 raise click.UsageError(f"--{name} belongs to --load-generator built-in")
         return {}
@@ -52,6 +61,14 @@ def parse_rates(text: str) -> tuple[float, ...]:
     if not all(map(_positive, parts)) or len(set(parts)) != len(parts):
         raise click.BadParameter(f"{text!r} is no list of unlike positive numbers", param_hint="--rate")
     return tuple(map(float, parts))
+
+
+def parse_lengths(text: str) -> tuple[tuple[int, int], ...]:
+    """`32:64,512:64` as tokens in and out."""
+    pairs = [part.split(":") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(x.isdecimal() and int(x) > 1 for x in pair) for pair in pairs):
+        raise click.BadParameter(f"{text!r} is no list of IN:OUT tokens above 1", param_hint="--lengths")
+    return tuple((int(a), int(b)) for a, b in pairs)
 
 
 def _positive(text: str) -> bool:
