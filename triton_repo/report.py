@@ -159,6 +159,7 @@ def render(comparison: Comparison) -> str:
         machine=machine(comparison),
         removed=removed(comparison),
         unit=unit(comparison),
+        at=at,
         cost=cost(comparison),
         changed=changed(comparison),
         shown=_shown,
