@@ -25,6 +25,8 @@ from triton_repo.leftovers import SHM, sweep
 from triton_repo.ports import choose
 from triton_repo.processes import descendants, start_time
 from triton_repo.repository import write_repository
+from triton_repo.server import Server
+from triton_repo.watchdog import Watchdog
 
 PROMPT = "The quick brown fox"
 
@@ -35,7 +37,7 @@ class Machine:
     def __init__(self, place: Path, repository: Path) -> None:
         self.repository = repository
         self.environment = {**os.environ, "XDG_STATE_HOME": str(place)}
-        self.port = choose(0, "127.0.0.1")[0]
+        self.port, self.front = choose(0, "127.0.0.1")[0], choose(0, "127.0.0.1")[0]
         self.url = f"http://127.0.0.1:{self.port}"
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -48,6 +50,14 @@ class Machine:
     def status(self) -> dict[str, Any]:
         (told,) = json.loads(self.run("status", "--json").stdout)["servers"]
         return told
+
+    def models(self) -> int:
+        """The status of OpenAI's front end for its list of models."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.front, timeout=10)
+        connection.request("GET", "/v1/models", headers={"Connection": "close"})
+        status = connection.getresponse().status
+        connection.close()
+        return status
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +190,25 @@ def test_it_gives_up_after_so_many_repairs(machine: Machine) -> None:
     assert machine.run("stop").returncode == 1
 
 
+def test_a_killed_front_comes_back(machine: Machine) -> None:
+    """OpenAI's API beside the server."""
+    machine.run("stop", "--all")
+    started = machine.deploy("--grace", 20, "--openai-port", machine.front)
+    assert started.returncode == 0, started.stderr
+    assert machine.models() == 200
+    os.kill(process(machine, "serve-openai"), signal.SIGKILL)
+    until(lambda: machine.status()["repaired"] == 1)
+    until(lambda: machine.status()["state"] == "serving")
+    assert machine.models() == 200
+    assert "openai: ended with -9; starting it again" in machine.run("logs").stdout
+    other = machine.run("deploy", machine.repository, "--serve", "--openai-port", machine.front)
+    assert f"openai_port: port {machine.front} is taken; choose another --openai-port" in other.stderr
+
+
 def test_stop_under_load_lets_running_requests_end(machine: Machine) -> None:
     """And refuses new ones; OpenAI's API beside the server ends with it."""
-    front = choose(0, "127.0.0.1")[0]
-    machine.run("stop", "--all")
-    started = machine.deploy("--grace", 20, "--openai-port", front)
-    assert started.returncode == 0, started.stderr
     end = Endpoint(machine.url)
     expected = generate(end, PROMPT, max_tokens=100)
-    connection = http.client.HTTPConnection("127.0.0.1", front, timeout=10)
-    connection.request("GET", "/v1/models")
-    assert connection.getresponse().status == 200
-    connection.close()
     running = [stream(end, PROMPT, max_tokens=100) for _ in range(4)]
     texts = [next(x) for x in running]
     stopping = threading.Thread(target=machine.run, args=("stop",))
@@ -203,11 +220,14 @@ def test_stop_under_load_lets_running_requests_end(machine: Machine) -> None:
     with pytest.raises(UserError, match="connection refused"):
         generate(end, PROMPT, max_tokens=1)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", front))
+        socket.create_connection(("127.0.0.1", machine.front))
 
 
 def test_all_killed_at_once_is_swept_by_the_next(machine: Machine) -> None:
-    """The supervisor, tritonserver, stubs and ranks; another server's leftovers stay."""
+    """The supervisor, tritonserver, stubs and ranks; another server's leftovers stay.
+
+    A name is taken from the moment its server starts.
+    """
     machine.run("stop", "--all")
     assert machine.deploy().returncode == 0
     told = machine.status()
@@ -221,7 +241,13 @@ def test_all_killed_at_once_is_swept_by_the_next(machine: Machine) -> None:
     until(lambda: all(start_time(pid) != start for pid, start in family.items()))
     left = {x for x in theirs if x.exists() and f"-{told['pid']}-" in x.name}
     assert left
-    assert machine.deploy().returncode == 0
+    starting = threading.Thread(target=machine.deploy, args=("--openai-port", machine.front))
+    starting.start()
+    until(lambda: "starting" in machine.run("status").stdout)
+    second = machine.deploy()
+    assert (second.returncode, "runs already" in second.stderr) == (1, True), second.stderr
+    starting.join(60)
+    assert machine.models() == 200
     assert not any(x.exists() for x in left)
     assert mine.exists()
     assert generate(Endpoint(machine.url), PROMPT, max_tokens=2)
@@ -231,11 +257,34 @@ def test_all_killed_at_once_is_swept_by_the_next(machine: Machine) -> None:
 def test_a_killed_supervisor_takes_its_server_with_it(machine: Machine) -> None:
     told = machine.status()
     family = descendants(told["pid"])
+    assert any("serve-openai" in command(pid) for pid in family)
     os.kill(told["pid"], signal.SIGKILL)
     until(lambda: all(start_time(pid) != start for pid, start in family.items()))
     assert machine.status()["state"] == "dead"
     sweep()
     assert not list(SHM.glob(f"ffn-fusion-*-{told['pid']}-*"))
+
+
+def test_a_server_that_hangs_is_started_again(repository: Path) -> None:
+    """A slow answer alone is that of a busy one: here not even the front end says that it lives."""
+    told: list[str] = []
+    with Server(repository, grace_s=0) as server:
+        expected = generate(Endpoint(server.url), PROMPT, max_tokens=5)
+        stopped = server.pid
+        os.kill(stopped, signal.SIGSTOP)
+        dog = Watchdog(
+            server=server,
+            tell=lambda line, state: told.append(f"{state}: {line}"),
+            period_s=0.1,
+            patience_s=0.5,
+            silence_s=2,
+        )
+        while "serving: serving again" not in told:
+            dog.look()
+        assert "did not answer in time" in told[0]
+        assert told[0].endswith("; starting the server again")
+        assert server.pid != stopped
+        assert generate(Endpoint(server.url), PROMPT, max_tokens=5) == expected
 
 
 def test_full_shared_memory(machine: Machine, tmp_path: Path) -> None:

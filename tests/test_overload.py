@@ -8,13 +8,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from builder.errors import UserError
 from triton_repo.client import Endpoint, generate, stream
+from triton_repo.grpc_stream import GrpcStream
 from triton_repo.options import DeployOptions
 from triton_repo.processes import descendants
 from triton_repo.repository import write_repository
@@ -76,6 +78,38 @@ def text(answer: bytes) -> str:
     """Of a whole answer, or of a stream's events."""
     events = answer.split(b"\n\n") if answer.startswith(b"data: ") else [answer]
     return "".join(json.loads(x.removeprefix(b"data: "))["text_output"] for x in events if x)
+
+
+def test_cancelled_requests_give_their_places_back(server: Server) -> None:
+    """The rank stands still, so that no request ends by itself: batch and queue are full until they are
+    cancelled, and then the next one runs as if they had never been."""
+    end, prompt = Endpoint(server.url), "The quick brown fox"
+    expected = generate(end, prompt, max_tokens=20)
+    (rank,) = [pid for pid in descendants(server.pid) if "engines.embedded.worker" in command(pid)]
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        streams = [GrpcStream(server.grpc_address, prompt, max_tokens=100) for _ in range(4 + QUEUE + 1)]
+        until(lambda: any(not one._answers.empty() for one in streams))
+        (refused,) = [one for one in streams if not one._answers.empty()]
+        with pytest.raises(UserError, match=FULL):
+            next(refused)
+        for one in streams:
+            one.cancel()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(generate, end, prompt, max_tokens=20)
+            with pytest.raises(TimeoutError):  # it has a place: one too many would be refused at once
+                waiting.result(2)
+            os.kill(rank, signal.SIGCONT)
+            assert waiting.result(20) == expected
+    finally:
+        os.kill(rank, signal.SIGCONT)
+
+
+def until(what: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
 
 
 def test_a_dead_engine_is_told_at_once_and_loads_again(server: Server) -> None:

@@ -108,7 +108,7 @@ def test_comparison_of_an_engine_with_itself(server: Server, tmp_path: Path) -> 
     assert row.baseline.count == row.candidate.count > 0
     assert row.ratio.low <= row.ratio.value <= row.ratio.high
     write_report(comparison, tmp_path / "report")
-    assert json.loads((tmp_path / "report" / "report.json").read_text())["version"] == 1
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["version"] == 2
 
 
 def processes_using(engine: Path) -> list[str]:

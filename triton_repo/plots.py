@@ -1,143 +1,270 @@
-"""The plots of a comparison, as SVG that a page holds."""
+"""The plots of a comparison, as SVG elements; one that has nothing to show is empty."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from builder.errors import UserError
+import numpy as np
+from markupsafe import Markup
+
+from triton_repo import svg
 from triton_repo.compare import Comparison
-from triton_repo.rounds import SIDES
-from triton_repo.words import SHORT, removed, unit
+from triton_repo.rounds import FENCE, METRICS, SIDES, Ratio
+from triton_repo.words import interval, number, primary, removed, short, unit
 
-COLOURS = {"baseline": "#8a8f98", "candidate": "#2f80ed"}  # both read on light and on dark
-INK = "#808080"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-
-def pyplot_or_refuse() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise UserError("matplotlib is missing; pip install 'ffn-fusion[report]'") from None
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    return pyplot
+COLOURS = {"baseline": svg.BASELINE, "candidate": svg.CANDIDATE}
+LINES = {"baseline": "--", "candidate": "-"}  # sides are told apart without colours too
+MARKERS = {"baseline": "s", "candidate": "o"}
+NOTHING = Markup("")
 
 
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    pyplot_or_refuse().close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def _axes(width: float = 6.0, height: float = 3.2) -> tuple[Any, Any]:
-    pyplot = pyplot_or_refuse()
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "svg.hashsalt": "report"}
-    colours = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-    )
-    pyplot.rcParams.update({**style, **colours})
-    figure, axes = pyplot.subplots(figsize=(width, height))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=INK, alpha=0.2)
-    return figure, axes
-
-
-def distribution(comparison: Comparison) -> str:
-    """Share of tokens that came within a time, cut at the 99.5th percentile of the slower side.
-
-    Empty where single values are not known.
-    """
-    import numpy as np
-
-    if not comparison.inter_token_ms:
-        return ""
-    figure, axes = _axes()
-    limit = max(np.percentile(values, 99.5) for values in comparison.inter_token_ms.values())
-    for side in SIDES:
-        values = np.sort(comparison.inter_token_ms[side])
-        axes.step(values, np.arange(1, len(values) + 1) / len(values), color=COLOURS[side], label=side, lw=2)
-    axes.set(xlim=(0, limit), ylim=(0, 1.01), xlabel="inter-token latency, ms", ylabel="share of tokens")
-    axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
-
-
-def ratios(comparison: Comparison) -> str:
-    """Every ratio at the first level with its interval, left of 1 being smaller."""
+def ratios(comparison: Comparison) -> Markup:
+    """Every ratio at the first level with its interval."""
     level = comparison.settings["concurrency"][0]
-    rows = [comparison.row(m, level) for m in comparison.metrics if comparison.row(m, level).ratio.value > 0]
-    figure, axes = _axes(height=0.42 * len(rows) + 0.8)
-    for place, row in enumerate(reversed(rows)):
-        ratio = row.ratio
-        reach = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
-        colour = COLOURS["candidate" if ratio.differs else "baseline"]
-        axes.errorbar([ratio.value], [place], xerr=reach, color=colour, marker="o", capsize=4, lw=2)
-    axes.axvline(1, color=INK, lw=1, ls="--")
-    axes.set_yticks(range(len(rows)), [SHORT[row.metric].partition(",")[0] for row in reversed(rows)])
-    axes.set(xlabel="candidate / baseline, 95% interval", xscale="log", ylim=(-0.6, len(rows) - 0.4))
-    _plain_ticks(axes, [x for row in rows for x in (row.ratio.low, row.ratio.high)])
-    axes.grid(visible=False)
-    return _svg(figure)
+    rows = [comparison.row(metric, level) for metric in comparison.metrics]
+    return forest("ratios", [(short(row.metric), row.ratio) for row in rows])
 
 
-def _plain_ticks(axes: Any, values: list[float]) -> None:
-    """Round numbers on a logarithmic axis, those near to the values."""
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+def lengths(comparison: Comparison) -> Markup:
+    """The deciding metric's ratio for prompts and answers of other lengths."""
+    metric = primary(comparison).metric
+    found = [
+        (f"{x.input_tokens} in, {x.output_tokens} out", x.row(metric).ratio) for x in comparison.by_shape
+    ]
+    return forest("lengths", found)
 
-    low, high = min(*values, 1.0) / 1.1, max(*values, 1.0) * 1.1
-    steps = [0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0]
-    ticks = [x for x in steps if low <= x <= high]
-    axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(FixedLocator(ticks[:: max(1, len(ticks) // 6)]))
+
+def forest(name: str, found: Sequence[tuple[str, Ratio]]) -> Markup:
+    """A dot and its interval in each line, filled where a difference is called, beside a line at 1."""
+    found = [(text, ratio) for text, ratio in found if ratio.value > 0]
+    if not found:
+        return NOTHING
+
+    def draw(axes: Axes) -> None:
+        for place, (_, ratio) in enumerate(found):
+            colour = svg.CANDIDATE if ratio.differs else svg.BASELINE
+            axes.plot([ratio.low, ratio.high], [place, place], color=colour, lw=2.5, solid_capstyle="butt")
+            fill = colour if ratio.differs else "none"
+            axes.plot([ratio.value], [place], marker="o", ms=8, mec=colour, mfc=fill, mew=2, ls="none")
+            where = axes.get_yaxis_transform()
+            axes.text(1.03, place, interval(ratio), transform=where, va="center", color=svg.INK)
+        axes.axvline(1, color=svg.INK, lw=1)
+        axes.set_yticks(range(len(found)), [text for text, _ in found])
+        axes.tick_params(axis="y", length=0)
+        axes.set(ylim=(len(found) - 0.4, -0.6), xlabel="candidate / baseline, 95% interval", xscale="log")
+        axes.spines["left"].set_visible(False)
+        axes.grid(visible=False)
+        _round_ticks(axes, [x for _, ratio in found for x in (ratio.low, ratio.high)])
+
+    told = "; ".join(f"{text} {interval(ratio)}" for text, ratio in found)
+    label = f"Candidate over baseline, with 95% intervals: {told}"
+    return svg.drawn(name, label, draw, height=0.26 * len(found) + 0.6)
+
+
+def _round_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Round numbers on a logarithmic axis that holds the values and 1."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    low, high = min(*values, 0.96), max(*values, 1.04)
+    span = math.log(high / low)
+    axes.set_xlim(low * math.exp(-0.06 * span), high * math.exp(0.06 * span))
+    ticks = [1.0]
+    for x in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high):
+        if x > 0 and all(abs(math.log(x / tick)) > span / 7 for tick in ticks):
+            ticks.append(float(x))
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def in_rounds(comparison: Comparison) -> str:
-    """The median inter-token latency of each round, so that a drift of the machine is seen."""
-    row = comparison.row("inter_token_ms", comparison.settings["concurrency"][0])
+def distribution(comparison: Comparison) -> Markup:
+    """Share of tokens that came within a time, cut at the 99.5th percentile of the slower side."""
+    values = comparison.inter_token_ms
+    if not values:
+        return NOTHING
+    shares = np.linspace(0, 1, 401)
+
+    def draw(axes: Axes) -> None:
+        for side in SIDES:
+            times = np.quantile(values[side], shares)
+            axes.plot(times, shares, color=COLOURS[side], ls=LINES[side], label=side, lw=2)
+        end = max(float(np.percentile(x, 99.5)) for x in values.values())
+        axes.set(xlim=(0, end), ylim=(0, 1.01), xlabel="inter-token latency, ms", ylabel="share of tokens")
+        axes.legend(loc="lower right")
+
+    half = ", ".join(f"{number(float(np.median(values[side])))} ms of the {side}" for side in SIDES)
+    return svg.drawn("distribution", f"Half of the tokens came within {half}", draw, height=2.7)
+
+
+def spread(comparison: Comparison) -> Markup:
+    """Violins of inter-token latency with its percentiles, and a dot for every outlier."""
+    values = comparison.inter_token_ms
+    if not values:
+        return NOTHING
+    outside = {side: _outside(np.asarray(values[side])) for side in SIDES}
+
+    def draw(axes: Axes) -> None:
+        for place, side in enumerate(SIDES):
+            times, colour = np.asarray(values[side]), COLOURS[side]
+            inside = times[~np.isin(times, outside[side])]
+            if np.ptp(inside) > 0:
+                body = axes.violinplot(
+                    [inside], [place], orientation="horizontal", showextrema=False, widths=0.7
+                )
+                for shape in body["bodies"]:  # type: ignore[attr-defined]
+                    shape.set(facecolor=colour, edgecolor="none", alpha=0.35)
+            percentiles = np.percentile(times, (50, 90, 99))
+            axes.plot(percentiles, [place] * 3, "|", color=colour, ms=16, mew=2)
+            dots = _thinned(outside[side])
+            axes.plot(dots, [place] * len(dots), MARKERS[side], mec=colour, mfc="none", ms=4, ls="none")
+        axes.set_yticks(range(len(SIDES)), SIDES)
+        axes.tick_params(axis="y", length=0)
+        axes.set(ylim=(1.6, -0.6), xlabel="inter-token latency, ms", xlim=(0, None))
+        axes.spines["left"].set_visible(False)
+        axes.grid(visible=False)
+
+    told = ", ".join(f"{len(outside[side])} of the {side}" for side in SIDES)
+    return svg.drawn("spread", f"Spread of inter-token latency; outliers: {told}", draw, height=2.7)
+
+
+def _violin(axes: Axes, values: np.ndarray, place: float, colour: str) -> None:
+    if np.ptp(values) == 0:  # has no density
+        return
+    drawn = axes.violinplot([values], [place], orientation="horizontal", showextrema=False, widths=0.7)
+    for body in drawn["bodies"]:  # type: ignore[attr-defined]
+        body.set(facecolor=colour, edgecolor="none", alpha=0.35)
+
+
+def _outside(values: np.ndarray) -> np.ndarray:
+    """The outliers, as `rounds.statistics` counts them."""
+    low, high = np.percentile(values, (25, 75))
+    reach = FENCE * (high - low)
+    found: np.ndarray = values[(values < low - reach) | (values > high + reach)]
+    return found
+
+
+def _thinned(values: np.ndarray) -> np.ndarray:
+    """No two nearer than the eye can tell, so that a long run stays a small page."""
+    if len(values) < 2:
+        return values
+    grid = np.round(values / values.max() * 400)
+    found: np.ndarray = values[np.unique(grid, return_index=True)[1]]
+    return found
+
+
+def in_rounds(comparison: Comparison) -> Markup:
+    """The deciding metric's median in each round, so that a drift of the machine is seen."""
+    row = primary(comparison)
     if not row.baseline_rounds:
-        return ""
-    figure, axes = _axes()
-    for side in SIDES:
-        values = getattr(row, f"{side}_rounds")
-        axes.plot(range(1, len(values) + 1), values, color=COLOURS[side], marker="o", lw=2, label=side)
-    axes.set(xlabel="round", ylabel="inter-token latency, ms (p50)", ylim=(0, None))
-    axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+        return NOTHING
+    values = {"baseline": row.baseline_rounds, "candidate": row.candidate_rounds}
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for side, medians in values.items():
+            axes.plot(range(1, len(medians) + 1), medians, label=side, **_line(side))
+        axes.set(xlabel="round", ylabel=f"{METRICS[row.metric]}, ms (p50)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(y=0.25)
+        axes.legend(loc="upper right", ncols=2)
+
+    told = " and ".join(
+        f"{number(min(x))} to {number(max(x))} ms of the {side}" for side, x in values.items()
+    )
+    return svg.drawn("in_rounds", f"Medians of the rounds, {told}", draw, height=2.7)
 
 
-def over_load(comparison: Comparison) -> str:
-    """Median to 99th percentile of the request latency at every concurrency."""
-    figure, axes = _axes()
+def _line(side: str) -> dict[str, Any]:
+    return {"color": COLOURS[side], "ls": LINES[side], "marker": MARKERS[side], "lw": 2, "ms": 5}
+
+
+def over_load(comparison: Comparison) -> list[Markup]:
+    """Each metric at every level: medians, times with a whisker to the 99th percentile."""
+    if len(comparison.settings["concurrency"]) < 2:
+        return []
+    return [_over_load(comparison, metric) for metric in comparison.metrics]
+
+
+def _over_load(comparison: Comparison, metric: str) -> Markup:
     levels = comparison.settings["concurrency"]
-    for number, side in enumerate(SIDES):
-        rows = [getattr(comparison.row("latency_ms", level), side) for level in levels]
-        places = [i + (number - 0.5) * 0.12 for i in range(len(levels))]
-        medians = [r.p50 for r in rows]
-        reach = [[0] * len(rows), [max(0.0, r.p99 - r.p50) for r in rows]]
-        axes.errorbar(
-            places, medians, yerr=reach, color=COLOURS[side], label=side, marker="o", capsize=4, lw=2
-        )
-    axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
-    axes.set(xlabel=unit(comparison), ylabel="request latency, ms (p50 to p99)", ylim=(0, None))
-    axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+    rows = [comparison.row(metric, level) for level in levels]
+    timed = metric.endswith("_ms")
+
+    def draw(axes: Axes) -> None:
+        for shift, side in zip((-0.06, 0.06), SIDES, strict=True):
+            found = [getattr(row, side) for row in rows]
+            up = [max(0.0, x.p99 - x.p50) if timed else 0.0 for x in found]
+            reach = [[0.0] * len(up), up] if timed else None
+            places = [i + shift for i in range(len(levels))]
+            axes.errorbar(places, [x.p50 for x in found], yerr=reach, capsize=4, label=side, **_line(side))
+        axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+        what = f"{METRICS[metric]}{', ms' if timed else ''}"
+        axes.set(xlabel=unit(comparison), title=what, ylim=(0, None))
+        axes.margins(y=0.2)
+        axes.legend(loc="best")
+
+    told = "; ".join(
+        f"at {row.concurrency:g}, {number(row.baseline.p50)} against {number(row.candidate.p50)}"
+        for row in rows
+    )
+    return svg.drawn(f"load-{metric}", f"{METRICS[metric]}, medians: {told}", draw, height=2.7)
 
 
-def what_is_left(comparison: Comparison) -> str:
+def trade(comparison: Comparison) -> Markup:
+    """What all clients get, against what one waits for: a point a level."""
+    levels, metrics = comparison.settings["concurrency"], ("inter_token_ms", "tokens_per_s")
+    if len(levels) < 2 or not set(metrics) <= set(comparison.metrics):
+        return NOTHING
+    points = {
+        side: [[getattr(comparison.row(metric, level), side).p50 for level in levels] for metric in metrics]
+        for side in SIDES
+    }
+
+    def draw(axes: Axes) -> None:
+        for side, (waits, rates) in points.items():
+            axes.plot(waits, rates, label=side, **_line(side))
+            for level, wait, rate in zip(levels, waits, rates, strict=True):
+                axes.annotate(f"{level:g}", (wait, rate), (6, -12), textcoords="offset points", fontsize=9)
+        axes.set(title="tokens/s of all", xlabel="inter-token latency, ms (p50)", ylim=(0, None))
+        axes.margins(0.15)
+        axes.legend(loc="lower right")
+
+    label = f"Tokens/s of all over inter-token latency, a point for each number of {unit(comparison)}"
+    return svg.drawn("trade", label, draw, height=2.7)
+
+
+def what_is_left(comparison: Comparison) -> Markup:
     """What is left of each count, as a share of the baseline's."""
-    counts = [(name, before, after) for name, before, after in removed(comparison) if before]
+    counts = [(name, 100 * after / before) for name, before, after in removed(comparison) if before]
     if not counts:
-        return ""
-    figure, axes = _axes(height=0.5 * len(counts) + 0.9)
-    names = [name for name, _, _ in counts][::-1]
-    shares = [100 * after / before for _, before, after in counts][::-1]
-    axes.barh(names, [100] * len(names), color=COLOURS["baseline"], alpha=0.35)
-    bars = axes.barh(names, shares, color=COLOURS["candidate"])
-    axes.bar_label(bars, [f"{share:.0f}%" for share in shares], padding=4)
-    axes.set(xlabel="candidate, % of baseline", xlim=(0, max(115, *shares)))
-    axes.grid(visible=False)
-    return _svg(figure)
+        return NOTHING
+
+    def draw(axes: Axes) -> None:
+        names, shares = [name for name, _ in counts], [share for _, share in counts]
+        axes.barh(names, [100] * len(names), color=svg.BASELINE, alpha=0.3)
+        bars = axes.barh(names, shares, color=svg.CANDIDATE)
+        axes.bar_label(bars, [f"{share:.0f}%" for share in shares], padding=4)
+        axes.set(xlabel="candidate, % of baseline", xlim=(0, max(118, *shares)))
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+
+    told = ", ".join(f"{name} {share:.0f}%" for name, share in counts)
+    return svg.drawn("left", f"Candidate in % of the baseline: {told}", draw, height=0.32 * len(counts) + 0.7)
+
+
+PLOTS: dict[str, Callable[[Comparison], Markup]] = {
+    "ratios": ratios,
+    "spread": spread,
+    "distribution": distribution,
+    "in_rounds": in_rounds,
+    "trade": trade,
+    "lengths": lengths,
+    "what_is_left": what_is_left,
+}

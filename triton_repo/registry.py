@@ -12,11 +12,12 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from builder.errors import UserError
 from triton_repo.processes import start_time
 
-STATES = ("starting", "serving", "repairing")
+State = Literal["starting", "serving", "repairing", "failed"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -31,7 +32,7 @@ class Record:
     model: str
     url: str
     grpc_address: str
-    state: str
+    state: State
     since: float
     grace_s: int
     repaired: int = 0
@@ -39,7 +40,7 @@ class Record:
     @property
     def alive(self) -> bool:
         """Whether the supervising process runs; another one may have its number by now."""
-        return start_time(self.pid) == self.start
+        return bool(self.start) and start_time(self.pid) == self.start
 
 
 def servers_directory() -> Path:

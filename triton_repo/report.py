@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.errors import UserError
 from builder.storage import output_directory, write_json
-from triton_repo import plots
+from triton_repo import plots, svg, words
 from triton_repo.compare import Comparison
-from triton_repo.rounds import METRICS, SIDES, Row
-from triton_repo.words import SHORT, at, removed, unit
+from triton_repo.rounds import METRICS, SIDES
+from triton_repo.words import SHORT, interval, number
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-TIMES = ("ttft_ms", "inter_token_ms", "latency_ms")
 RAN = {
     "engine": "engine",
     "backend": "backend",
@@ -28,104 +26,57 @@ RAN = {
     "built_on": "built on",
     "parallel_blocks": "blocks in parallel",
 }
+SETTINGS = {
+    "load": "loop",
+    "prompts": "prompts",
+    "input_tokens": "prompt tokens",
+    "max_tokens": "tokens an answer",
+    "concurrency": "levels",
+    "requests": "requests a round",
+    "rounds": "rounds a side and level",
+    "warm_up_rounds": "warm-up rounds",
+    "targets": "targets, ms",
+    "seed": "seed",
+}
 
 
 def check_output(directory: Path) -> None:
     """Refuse an output directory before minutes are spent on measuring."""
     if directory.exists():
         raise UserError(f"{directory}: exists; remove it or choose another output directory")
-    plots.pyplot_or_refuse()
+    svg.check()
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
-    """All metrics on the terminal."""
+    """All metrics on the terminal, and what the page's first screen says."""
     from rich.table import Table
 
     table = Table(
         title="candidate / baseline, with 95% interval", box=None, collapse_padding=True, pad_edge=False
     )
-    for name in ("", unit(comparison), "", "p50", "p90", "p99", "mean", "ratio"):
+    for name in ("", words.unit(comparison), "", "p50", "p90", "p99", "mean", "ratio"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in comparison.rows:
         for side in SIDES:
             values = getattr(row, side)
-            numbers = (_number(x) for x in (values.p50, values.p90, values.p99, values.mean))
+            numbers = (number(x) for x in (values.p50, values.p90, values.p99, values.mean))
             first = (SHORT[row.metric], f"{row.concurrency:g}") if side == "baseline" else ("", "")
-            table.add_row(*first, side[:4], *numbers, "" if side == "baseline" else interval(row))
+            table.add_row(*first, side[:4], *numbers, "" if side == "baseline" else interval(row.ratio))
     console.print(table)
-    for shape in comparison.by_shape:
-        told = ", ".join(f"{SHORT[m].partition(',')[0]} {interval(shape.row(m))}" for m in TIMES)
-        console.print(f"{shape.input_tokens} tokens in, {shape.output_tokens} out: {told}", highlight=False)
-    for note in comparison.notes:
-        console.print(note, highlight=False)
-    for line in changed(comparison):
+    for line in _lines(comparison):
         console.print(line, highlight=False)
-    console.print(machine(comparison), style="dim", highlight=False)
-    console.print(headline(comparison), style="bold")
+    console.print(words.machine(comparison), style="dim", highlight=False)
+    console.print(words.headline(comparison), style="bold")
 
 
-def interval(row: Row) -> str:
-    """`0.52 [0.50, 0.55]`."""
-    return f"{row.ratio.value:.2f} [{row.ratio.low:.2f}, {row.ratio.high:.2f}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
-
-
-def headline(comparison: Comparison) -> str:
-    """How much faster, and how sure, in one sentence."""
-    level = comparison.settings["concurrency"][0]
-    row = comparison.row("inter_token_ms", level)
-    clients = at(comparison, level)
-    if not row.ratio.differs:
-        return f"No certain difference in inter-token latency at {clients} (ratio {interval(row)})."
-    factor, word = (1 / row.ratio.value, "faster") if row.ratio.value < 1 else (row.ratio.value, "slower")
-    bounds = sorted(
-        (1 / row.ratio.low, 1 / row.ratio.high) if row.ratio.value < 1 else (row.ratio.low, row.ratio.high)
-    )
-    return (
-        f"The candidate is {factor:.2f} times {word} per token at {clients} "
-        f"(95% interval {bounds[0]:.2f} to {bounds[1]:.2f})."
-    )
-
-
-def changed(comparison: Comparison) -> list[str]:
-    """What differs from the kept run, a line each; that nothing does is a line as well."""
-    if comparison.against is None:
-        return []
-    found = [x for x in comparison.against.changes if x.slower or x.faster]
-    lines = [
-        f"{x.side} is {'slower' if x.slower else 'faster'} than in {comparison.against.file}: "
-        f"{SHORT[x.metric]} at {at(comparison, x.concurrency)} {x.ratio:.2f} times "
-        f"[{x.low:.2f}, {x.high:.2f}]"
-        for x in found
+def _lines(comparison: Comparison) -> list[str]:
+    """What is said below the table."""
+    shapes = [
+        f"{shape.input_tokens} tokens in, {shape.output_tokens} out: "
+        + ", ".join(f"{words.short(x.metric)} {interval(x.ratio)}" for x in shape.rows)
+        for shape in comparison.by_shape
     ]
-    return lines or [f"No certain change since {comparison.against.file}."]
-
-
-def cost(comparison: Comparison) -> str:
-    """What the speed costs, in a sentence."""
-    if not comparison.quality:
-        return "Quality was not measured: give --data and both models."
-    *_, (name, last) = comparison.quality.items()
-    kl = "" if last.get("kl") is None else f", KL to the parent {_value(last['kl']):.4f}"
-    first = next(iter(comparison.quality.values()))
-    return (
-        f"Perplexity {_value(first['perplexity']):.2f} becomes {_value(last['perplexity']):.2f}{kl} ({name})."
-    )
-
-
-def _value(x: Any) -> float:
-    """Of a number, or of one with its interval."""
-    return float(x["value"] if isinstance(x, dict) else x)
-
-
-def _shown(x: Any, form: str) -> str:
-    """`1.23 [1.20, 1.26]`, or the number alone."""
-    if not isinstance(x, dict) or x.get("low") is None:
-        return format(_value(x), form)
-    return f"{x['value']:{form}} [{x['low']:{form}}, {x['high']:{form}}]"
+    return [*shapes, *comparison.notes, *words.changed(comparison), words.cost(comparison)]
 
 
 def write_report(comparison: Comparison, directory: Path, runs: Path | None = None) -> None:
@@ -142,34 +93,41 @@ def write_report(comparison: Comparison, directory: Path, runs: Path | None = No
 
 
 def render(comparison: Comparison) -> str:
-    """The page; it loads nothing."""
+    """The page; it loads nothing and needs no script."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("triton_repo", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("triton_repo", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    level = comparison.settings["concurrency"][0]
     return environment.get_template("report.html.j2").render(
         c=comparison,
-        headline=headline(comparison),
-        levels=comparison.settings["concurrency"],
-        metrics={name: METRICS[name] for name in comparison.metrics},
-        interval=interval,
+        words=words,
+        metrics=METRICS,
+        sides=SIDES,
+        main=words.primary(comparison),
+        others=[comparison.row(metric, level) for metric in comparison.metrics],
+        by_length=[METRICS[row.metric] for shape in comparison.by_shape[:1] for row in shape.rows],
+        client_ms=_client_ms(comparison),
         ran=_ran(comparison),
-        machine=machine(comparison),
-        removed=removed(comparison),
-        unit=unit(comparison),
-        at=at,
-        cost=cost(comparison),
-        changed=changed(comparison),
-        shown=_shown,
-        outliers=sum(getattr(r, s).outliers for r in comparison.rows for s in SIDES),
-        ratios=Markup(plots.ratios(comparison)),
-        in_rounds=Markup(plots.in_rounds(comparison)),
-        distribution=Markup(plots.distribution(comparison)),
-        concurrency=Markup(plots.over_load(comparison)),
-        removed_plot=Markup(plots.what_is_left(comparison)),
+        settings=_settings(comparison),
+        plots={name: plot(comparison) for name, plot in plots.PLOTS.items()},
+        over_load=plots.over_load(comparison),
     )
+
+
+def _client_ms(comparison: Comparison) -> dict[str, float]:
+    """Mean request latency of all requests that Triton counted too, by side."""
+    rows = [*comparison.rows, *(row for shape in comparison.by_shape for row in shape.rows)]
+    means = {}
+    for side in SIDES:
+        found = [getattr(row, side) for row in rows if row.metric == "latency_ms"]
+        means[side] = sum(x.mean * x.count for x in found) / sum(x.count for x in found)
+    return means
 
 
 def _ran(comparison: Comparison) -> list[tuple[str, str, str]]:
@@ -181,18 +139,12 @@ def _ran(comparison: Comparison) -> list[tuple[str, str, str]]:
     return [(text, before, after) for text, before, after in rows if before or after]
 
 
-def machine(comparison: Comparison) -> str:
-    """The machine that measured: CPU, GPUs with their clocks, packages."""
-    hardware = comparison.hardware
-    parts = [f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['machine']}"]
-    gpus = [_gpu(gpu) for gpu in hardware["gpus"]]
-    for text, same in groupby(gpus):
-        count = len(list(same))
-        parts.append(f"{count} x {text}" if count > 1 else text)
-    parts += [f"{name} {version}" for name, version in comparison.versions.items()]
-    return "; ".join(parts)
+def _settings(comparison: Comparison) -> list[tuple[str, str]]:
+    known = comparison.settings
+    return [(text, _setting(known[key])) for key, text in SETTINGS.items() if known.get(key) is not None]
 
 
-def _gpu(gpu: dict[str, Any]) -> str:
-    clock = f", {gpu['clock']} MHz after measuring" if gpu.get("clock") is not None else ""
-    return f"{gpu['name']} (driver {gpu['driver']}, SM clock at most {gpu['max_clock']} MHz{clock})"
+def _setting(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {x:g}" for name, x in value.items() if x is not None)
+    return ", ".join(f"{x:g}" for x in value) if isinstance(value, list | tuple) else str(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import json
 import secrets
@@ -16,23 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import UserError
-from triton_repo import leftovers, ports, rules
+from triton_repo import leftovers, ports, rules, tritonserver
+from triton_repo.complaints import last_words, reason
 from triton_repo.dialect import ENGINE, LLMAPI
 from triton_repo.processes import descendants, end_all
-from triton_repo.tritonserver import backend_directory, deepen_stacks, environment, find_tritonserver
+from triton_repo.tritonserver import find_tritonserver
 
 HOST = "127.0.0.1"
 GRACE_S = 5
 UNLOAD_S = 30.0
-SHM_NEEDED = 64 << 20  # bytes; each model has its own region, which grows by 64 MB at a time at most
 KEY = "ffn-fusion-secret"
 CONTROL = ("model-repository", "trace", "logging")
 MEMORY = ("shared-memory",)
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Server:
-    """Serves a repository while the `with` block lasts; `url` is its HTTP address.
+    """Serves a repository while the `with` block lasts; `url` is its HTTP address, `grpc_address` host:port.
 
     Ready means that one token came back through the text model. `grace_s` is what running requests get when
     it stops. Clients may load and unload models, set logging and tracing only with `control`, register shared
@@ -57,6 +55,7 @@ class Server:
         self._restricted = (CONTROL if not control else ()) + (MEMORY if not shared_memory else ())
         self._secret = secrets.token_hex(16)
         self._http_port, self._log = http_port, log
+        self._take(http_port, http_port + 1, http_port + 2)
         self._process: subprocess.Popen[bytes] | None = None
         self._family: dict[int, str] = {}
         self._name = leftovers.name()
@@ -64,14 +63,11 @@ class Server:
     def __enter__(self) -> Server:
         self._configs = self._check()
         leftovers.sweep()
-        self.port, grpc, metrics = ports.choose(self._http_port, self.host)
-        self._own = HOST if self.host == "0.0.0.0" else self.host
-        self.url, self.grpc_address = f"http://{self._own}:{self.port}", f"{self._own}:{grpc}"
-        self._ports = (self.port, grpc, metrics)
+        self._take(*ports.choose(self._http_port, self.host))
         self._scratch = Path(tempfile.mkdtemp(prefix=self._name))
         self.log = self._log or self._scratch / "server.log"
         try:
-            self._backends = backend_directory(find_tritonserver(), self._scratch)
+            self._backends = tritonserver.backend_directory(find_tritonserver(), self._scratch)
             self.start()
         except BaseException:
             self.__exit__()
@@ -82,6 +78,12 @@ class Server:
         self.stop()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def _take(self, http_port: int, grpc: int, metrics: int) -> None:
+        self._ports = (http_port, grpc, metrics)
+        self.port = http_port
+        self._own = HOST if self.host == "0.0.0.0" else self.host
+        self.url, self.grpc_address = f"http://{self._own}:{http_port}", f"{self._own}:{grpc}"
+
     def _check(self) -> dict[str, Any]:
         find_tritonserver()
         configs = rules.check(self.repository)
@@ -91,12 +93,7 @@ class Server:
                     f"{self.repository / name}: needs the backend {config.backend}, which is not here; "
                     "start it in a TensorRT-LLM container"
                 )
-        free = shutil.disk_usage(leftovers.SHM).free if leftovers.SHM.is_dir() else 0
-        if free < SHM_NEEDED:
-            raise UserError(
-                f"{leftovers.SHM}: {free >> 20} MB are free, Triton's models need {SHM_NEEDED >> 20}; "
-                "remove what fills it, or give the container a larger --shm-size"
-            )
+        tritonserver.check_shared_memory()
         return configs
 
     @property
@@ -114,16 +111,19 @@ class Server:
         """Start tritonserver and load its models. The ports and the log stay those of the first start."""
         self._launch()
         self._load_models()
-        self._family = descendants(self.pid)  # of a killed server they cannot be found later
+        self._know_family()
 
     def restart(self) -> None:
-        """Start a new tritonserver in the place of one that has died."""
+        """Start a new tritonserver in the place of one that has died, or does not answer any more."""
+        assert self._process is not None, "start first"
+        self._know_family()
+        self._process.kill()
         self.stop()
         self.start()
 
     def reload(self) -> None:
         """Load the models again, as for an engine or a stub that has died; running requests fail."""
-        self._family |= descendants(self.pid)
+        self._know_family()
         deadline = time.monotonic() + UNLOAD_S
         body = json.dumps({"parameters": {"unload_dependents": True}}).encode()
         for name in _top_level(self._configs):
@@ -134,7 +134,12 @@ class Server:
             time.sleep(0.1)
         end_all({pid: start for pid, start in self._family.items() if pid in descendants(self.pid)})
         self._load_models()
-        self._family |= descendants(self.pid)
+        self._know_family()
+
+    def _know_family(self) -> None:
+        """While it lives: of a server that was killed they cannot be found later."""
+        if not self.dead:
+            self._family |= descendants(self.pid)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Block, or so long at most. Raises UserError with its last words when the server dies."""
@@ -143,15 +148,27 @@ class Server:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return
-        raise UserError(self._last_words("died"))
+        raise self._failed("died")
 
     def probe(self, timeout_s: float) -> str:
-        """What a request for one token says: "" for a token, else the error or that none came in time."""
+        """What a request for one token says: "" for a token, else the error.
+
+        Raises UserError where there was no answer in time.
+        """
         dialect = ENGINE if ENGINE.model in self._configs else LLMAPI
         body = json.dumps(dialect.body("a", 1, False, {})).encode()
         path = f"/v2/models/{dialect.model}/generate"
         status, answer = self._request("POST", path, time.monotonic() + timeout_s, body)
-        return "" if status == 200 and b'"error"' not in answer else _reason(answer)
+        if status == 0:
+            raise self._failed("does not listen")
+        return "" if status == 200 and b'"error"' not in answer else reason(answer)
+
+    def answers(self, timeout_s: float) -> bool:
+        """Whether its HTTP front end does, however busy the models are."""
+        try:
+            return self._request("GET", "/v2/health/live", time.monotonic() + timeout_s)[0] != 0
+        except UserError:
+            return False
 
     def _launch(self) -> None:
         command = [str(find_tritonserver()), f"--model-repository={self.repository}"]
@@ -167,12 +184,12 @@ class Server:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
-                env=environment(),
+                env=tritonserver.environment(),
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_prepare,
+                preexec_fn=tritonserver.prepare,
             )
 
     def _load_models(self) -> None:
@@ -182,7 +199,7 @@ class Server:
         for name in _top_level(self._configs):
             status, body = self._request("POST", f"/v2/repository/models/{name}/load", deadline)
             if status != 200:
-                raise UserError(f"{self.repository / name}: Triton does not load it: {_reason(body)}")
+                raise UserError(f"{self.repository / name}: Triton does not load it: {reason(body)}")
         told = self.probe(deadline - time.monotonic())
         if told:
             raise UserError(f"{self.repository}: the first token did not come: {told}")
@@ -191,34 +208,29 @@ class Server:
         """Status and body; status 0 where the server does not listen yet."""
         assert self._process is not None, "start first"
         if self._process.poll() is not None:
-            raise UserError(self._last_words("died while starting"))
+            raise self._failed("died while starting")
         left = deadline - time.monotonic()
         if left <= 0:
-            raise UserError(self._last_words("did not answer in time"))
+            raise self._failed("did not answer in time")
         connection = http.client.HTTPConnection(self._own, self.port, timeout=left)
         try:
             connection.request(method, path, body, {"Connection": "close", KEY: self._secret})
             response = connection.getresponse()
             return response.status, response.read()
         except TimeoutError:
-            raise UserError(self._last_words("did not answer in time")) from None
+            raise self._failed("did not answer in time") from None
         except (ConnectionError, http.client.HTTPException):
             return 0, b""
         finally:
             connection.close()
 
-    def _last_words(self, what: str) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [
-            line for line in lines if line.startswith("E") and "CUDA" not in line and "Cuda" not in line
-        ]
-        last = (errors or lines or ["no output"])[-1]
-        return f"tritonserver {what}: {last.split('] ', 1)[-1]}"
+    def _failed(self, what: str) -> UserError:
+        return UserError(f"tritonserver {what}: {last_words(self.log)}")
 
     def stop(self) -> None:
         """End tritonserver, its stubs and ranks; what runs has `grace_s` seconds."""
         if self._process is not None:
-            self._family |= descendants(self._process.pid)
+            self._know_family()
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
             try:
@@ -231,26 +243,7 @@ class Server:
         leftovers.remove_named(self._name)
 
 
-def _prepare() -> None:
-    """In the child before its program: it stops when the thread that started it is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    deepen_stacks()
-
-
 def _top_level(configs: dict[str, Any]) -> list[str]:
     """What must be loaded: an ensemble loads its steps, and would load them again."""
     steps = {s.model_name for config in configs.values() for s in config.ensemble_scheduling.step}
     return sorted(set(configs) - steps)
-
-
-def _reason(body: bytes) -> str:
-    """The last line of an error: of a Python traceback, what was raised."""
-    text = body.decode("utf-8", "replace")
-    try:
-        value: Any = json.loads(text)
-        text = str(value.get("error", text)) if isinstance(value, dict) else text
-    except ValueError:
-        pass
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no answer"]
-    raised = [line for line in lines if "Error: " in line]
-    return raised[-1] if raised else lines[-1] if len(lines) == 1 else " ".join(lines)[:300]

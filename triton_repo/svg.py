@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from builder.errors import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from markupsafe import Markup
+    from matplotlib.axes import Axes
 
 # matplotlib draws in these colours, and the page's variables of that name take their place
 INK, LINE, BASELINE, CANDIDATE = "#010101", "#020202", "#030303", "#040404"
 VARIABLES = {INK: "--dim", LINE: "--line", BASELINE: "--baseline", CANDIDATE: "--candidate"}
+XLINK = "http://www.w3.org/1999/xlink"
 WIDTH = 4.4  # inches; on a page of two columns, and on a phone, its letters are about as large as the text's
 STYLE = {
     "svg.fonttype": "none",
@@ -50,12 +51,13 @@ def drawn(name: str, label: str, draw: Callable[[Axes], None], *, height: float)
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height))
+    style: Any = STYLE | {"svg.hashsalt": name}  # the keys are typed
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
         about: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata=about)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=about)
     return Markup(_element(buffer.getvalue(), name, label))
 
 
@@ -67,8 +69,11 @@ def _element(text: str, name: str, label: str) -> str:
     used = set(re.findall(r"#([\w.-]+)", text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"#([\w.-]+)", rf"#{name}-\1", text)
-    text = re.sub(r"(font: [\d.]+px) [^;\"]+", r"\1 system-ui, sans-serif", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", "system-ui, sans-serif", text)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]+"', text)
     assert view is not None, "matplotlib writes it"
-    start = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {view[0]} role="img" aria-label="{escape(label)}">'
+    start = (
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {view[0]} role="img" aria-label="{escape(label)}">'
+    )
     return start + text[text.index(">") + 1 :]

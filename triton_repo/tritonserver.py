@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from builder.errors import UserError
+from triton_repo.leftovers import SHM
 
 STACK_BYTES = 1 << 32
+SHM_NEEDED = 64 << 20  # bytes; each model has its own region, which grows by 64 MB at a time at most
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def find_tritonserver() -> Path:
@@ -31,6 +36,22 @@ def find_tritonserver() -> Path:
 def _stub(root: Path) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return root / "python_backend_stubs" / version / "triton_python_backend_stub"
+
+
+def check_shared_memory() -> None:
+    """Raises UserError where too little is free for the models."""
+    free = shutil.disk_usage(SHM).free if SHM.is_dir() else 0
+    if free < SHM_NEEDED:
+        raise UserError(
+            f"{SHM}: {free >> 20} MB are free, Triton's models need {SHM_NEEDED >> 20}; "
+            "remove what fills it, or give the container a larger --shm-size"
+        )
+
+
+def prepare() -> None:
+    """In the child before its program: it stops when the thread that started it is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    deepen_stacks()
 
 
 def deepen_stacks() -> None:

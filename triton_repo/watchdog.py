@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from builder.errors import UserError
+from triton_repo.front import Front
+from triton_repo.registry import State
 from triton_repo.server import Server
 
 DEAD = ("the engine died", "no step has ended", "is not healthy", "not ready", "unknown model", "not found")
@@ -18,35 +20,50 @@ DEAD = ("the engine died", "no step has ended", "is not healthy", "not ready", "
 
 @dataclass(kw_only=True)
 class Watchdog:
-    """Asks for one token every `period_s` seconds. `tell` gets a line for each thing that happens.
+    """Asks for one token every `period_s` seconds; `tell` gets a line for what happens, and the state then.
 
-    After `tries` repairs within `window_s` seconds it gives up. An answer that takes longer than `patience_s`
-    is that of a busy server, and so is a full queue: an engine that hangs ends itself.
+    After `tries` repairs within `window_s` seconds it gives up. A model that takes longer than `patience_s`
+    is busy, and so is one with a full queue: an engine that hangs ends itself. A tritonserver hangs that has
+    not even said that it lives for `silence_s` seconds.
     """
 
     server: Server
-    tell: Callable[[str], None]
+    tell: Callable[[str, State], None]
+    front: Front | None = None
     period_s: float = 5.0
     patience_s: float = 30.0
+    silence_s: float = 120.0
     tries: int = 3
     window_s: float = 600.0
     repairs: deque[float] = field(default_factory=deque)
-    repaired: int = 0
+    heard: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
         """Until interrupted. Raises UserError with the last words where too many repairs did not help."""
         while True:
-            try:
-                self.server.wait(self.period_s)
-                said = self.server.probe(self.patience_s)
-            except UserError as error:
-                if self.server.dead:
-                    self._repair(str(error), self.server.restart)
-                continue
-            if any(words in said for words in DEAD):
-                self._repair(said, self.server.reload)
+            self.look()
 
-    def _repair(self, why: str, repair: Callable[[], None]) -> None:
+    def look(self) -> None:
+        """Once, after `period_s`; repairs what it finds."""
+        try:
+            self.server.wait(self.period_s)
+            said = self.server.probe(self.patience_s)
+        except UserError as error:
+            if self.server.dead or self._silent():
+                self._repair(str(error), "starting the server", self.server.restart)
+            return
+        self.heard = time.monotonic()
+        if any(words in said for words in DEAD):
+            self._repair(said, "loading the models", self.server.reload)
+        elif self.front is not None and self.front.exit_code is not None:
+            self._repair(f"openai: ended with {self.front.exit_code}", "starting it", self.front.start)
+
+    def _silent(self) -> bool:
+        if self.server.answers(self.patience_s):
+            self.heard = time.monotonic()
+        return time.monotonic() - self.heard > self.silence_s
+
+    def _repair(self, why: str, what: str, repair: Callable[[], None]) -> None:
         now = time.monotonic()
         while self.repairs and now - self.repairs[0] > self.window_s:
             self.repairs.popleft()
@@ -54,12 +71,11 @@ class Watchdog:
             raise UserError(f"{why}; {self.tries} repairs within {self.window_s:.0f} s were not enough")
         time.sleep(2.0 ** len(self.repairs) - 1)
         self.repairs.append(now)
-        self.repaired += 1
-        what = "starting the server" if repair == self.server.restart else "loading the models"
-        self.tell(f"{why.rstrip('.')}; {what} again")
+        self.tell(f"{why.rstrip('.')}; {what} again", "repairing")
         try:
             repair()
         except UserError as error:
-            self.tell(f"that failed: {error}")
+            self.tell(f"that failed: {error}", "failed")
         else:
-            self.tell("serving again")
+            self.tell("serving again", "serving")
+        self.heard = time.monotonic()

@@ -12,7 +12,7 @@ import click
 from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
 from triton_repo.cli.deploy_options import deploy_options, flag_of, gpu_options, split
-from triton_repo.cli.serving_options import first_given, run, serving_options, take
+from triton_repo.cli.serving_options import given, run, serving_options, take
 
 if TYPE_CHECKING:
     from triton_repo.deployment import Deployment
@@ -63,8 +63,8 @@ def deploy(
     if serve and write_only:
         raise click.UsageError("--serve and --write-only contradict each other")
     serving = take(options)
-    if not serve and any(serving.values()):
-        raise click.UsageError(f"{first_given(serving)} belongs to --serve")
+    if not serve and given(serving):
+        raise click.UsageError(f"{given(serving)[0]} belongs to --serve")
     how, start = split(options)
     prepared, deployment = _source(source, output, tokenizer, how)
     if deployment is None:
@@ -78,9 +78,9 @@ def deploy(
         else:
             _try_embedded(repository, write_only, as_json)
         return
-    if any(serving.values()):
+    if given(serving):
         raise click.UsageError(
-            f"{first_given(serving)} is for embedded engines; change what --manifests writes for others"
+            f"{given(serving)[0]} is for embedded engines; change what --manifests writes for others"
         )
     _check_start(deployment, start, serve, http_port)
     if prepared is not None:

@@ -45,7 +45,7 @@ def _told(record: Record) -> dict[str, Any]:
     """A record with what is so now."""
     from triton_repo import registry
 
-    state = record.state if record.alive else "dead"
+    state: str = record.state if record.alive else "dead"
     ready, answered = _asked(record) if record.alive else (False, None)
     if state == "serving" and not ready:
         state = "not ready"

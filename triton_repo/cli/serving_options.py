@@ -5,13 +5,18 @@ from __future__ import annotations
 import ipaddress
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from builder.errors import UserError
 from builder.options import emit
+
+if TYPE_CHECKING:
+    from triton_repo.front import Front
+    from triton_repo.server import Server
 
 LOOPBACK = "127.0.0.1"
 _OPTIONS: dict[str, tuple[Any, str]] = {
@@ -40,9 +45,10 @@ def take(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in (flag.replace("-", "_") for flag in _OPTIONS)}
 
 
-def first_given(serving: dict[str, Any]) -> str:
-    """`--openai-port`."""
-    return "--" + next(name for name, value in serving.items() if value).replace("_", "-")
+def given(serving: dict[str, Any]) -> list[str]:
+    """`--openai-port` and what else was; 0 is something."""
+    names = [name for name, value in serving.items() if value is not None and value is not False]
+    return ["--" + name.replace("_", "-") for name in names]
 
 
 def check_host(host: str) -> None:
@@ -57,69 +63,64 @@ def check_host(host: str) -> None:
         click.echo(f"warning: whoever reaches {host} can use the models; there is no password", err=True)
 
 
-def run(
-    repository: Path,
-    http_port: int,
-    as_json: bool,
-    *,
-    detach: bool,
-    name: str | None,
-    supervise: bool,
-    host: str | None,
-    grace: int | None,
-    openai_port: int | None,
-    **allowed: bool,
-) -> None:
+def run(repository: Path, http_port: int, as_json: bool, **options: Any) -> None:
     """Serve a repository of an embedded engine, here or in the background."""
     from triton_repo import registry, rules, supervision
+
+    detach, supervise = options["detach"], options["supervise"]
+    if options["name"] is not None and not (detach or supervise):
+        raise click.UsageError("--name belongs to --detach")
+    if http_port == 0 and (detach or options["openai_port"] is not None):
+        flag = "--detach" if detach else "--openai-port"
+        raise click.UsageError(f"{flag} needs a server's port; leave --http-port 0 out")
+    if not supervise:
+        check_host(options["host"] or LOOPBACK)
+    configs = rules.check(repository)
+    name, model = options["name"] or repository.resolve().name, _text_model(configs)
+    log = registry.place(name) / "triton.log" if supervise else None
+    server = _server(repository, http_port, log, options)
+    front = None if options["openai_port"] is None else _front(configs, server, options["openai_port"])
+    if detach:
+        record = supervision.detach(name, server, model, _again(repository, http_port, name))
+        text = f"serving {repository} on {record.url} as {name}; `ffn-fusion stop {name}` ends it"
+        emit({"repository": str(repository), "url": record.url, "name": name}, as_json, text)
+    elif supervise:
+        supervision.supervise(name, server, model, front=front)
+    else:
+        ready = partial(_ready, repository, model, options["openai_port"], as_json)
+        supervision.serve(server, lambda line, _: click.echo(line, err=True), ready, front=front)
+
+
+def _server(repository: Path, http_port: int, log: Path | None, options: dict[str, Any]) -> Server:
     from triton_repo.server import GRACE_S, Server
 
-    if name is not None and not (detach or supervise):
-        raise click.UsageError("--name belongs to --detach")
-    if not supervise:
-        check_host(host or LOOPBACK)
-    configs = rules.check(repository)
-    called = name or repository.resolve().name
-    registry.place(called)
-    if detach:
-        if http_port == 0:
-            raise click.UsageError("--detach needs a port; leave --http-port 0 out")
-        record = supervision.detach(called, _again(repository, http_port, called))
-        text = f"serving {repository} on {record.url} as {called}; `ffn-fusion stop {called}` ends it"
-        emit({"repository": str(repository), "url": record.url, "name": called}, as_json, text)
-        return
-    server = Server(
+    return Server(
         repository,
         http_port=http_port,
-        host=host or LOOPBACK,
-        grace_s=GRACE_S if grace is None else grace,
-        control=allowed["allow_repository_control"],
-        shared_memory=allowed["allow_shared_memory"],
-        log=registry.place(called) / "triton.log" if supervise else None,
+        host=options["host"] or LOOPBACK,
+        grace_s=GRACE_S if options["grace"] is None else options["grace"],
+        control=options["allow_repository_control"],
+        shared_memory=options["allow_shared_memory"],
+        log=log,
     )
-    front = [] if openai_port is None else _front(repository, server, http_port, openai_port)
-    if supervise:
-        supervision.supervise(called, server, _text_model(configs), front=front)
-        return
 
-    def ready(running: Server) -> None:
-        url = f"{running.url}/v2/models/{_text_model(configs)}/generate"
-        emit({"repository": str(repository), "url": running.url}, as_json, f"serving {repository} on {url}")
-        if openai_port is not None:
-            click.echo(f"OpenAI's API on http://{server.host}:{openai_port}/v1", err=as_json)
-        sys.stdout.flush()
 
-    supervision.serve(server, lambda line: click.echo(line, err=True), ready, front=front)
+def _ready(repository: Path, model: str, openai_port: int | None, as_json: bool, server: Server) -> None:
+    url = f"{server.url}/v2/models/{model}/generate"
+    emit({"repository": str(repository), "url": server.url}, as_json, f"serving {repository} on {url}")
+    if openai_port is not None:
+        click.echo(f"OpenAI's API on http://{server.host}:{openai_port}/v1", err=as_json)
+    sys.stdout.flush()
 
 
 def _again(repository: Path, http_port: int, name: str) -> list[str]:
     """This command line as the supervising process has it."""
-    given = click.get_current_context().params
+    options = click.get_current_context().params
     line = [sys.executable, "-m", "ffn_fusion", "deploy", str(repository.resolve()), "--serve", "--supervise"]
     line += ["--name", name, "--http-port", str(http_port)]
     for flag, (kind, _) in _OPTIONS.items():
-        value = given[flag.replace("-", "_")]
-        if flag not in ("detach", "name", "supervise") and value not in (None, False):
+        value = options[flag.replace("-", "_")]
+        if flag not in ("detach", "name", "supervise") and value is not None and value is not False:
             line += [f"--{flag}"] if kind is None else [f"--{flag}", str(value)]
     return line
 
@@ -128,15 +129,14 @@ def _text_model(configs: dict[str, Any]) -> str:
     return "ensemble" if "ensemble" in configs else "tensorrt_llm"
 
 
-def _front(repository: Path, server: Any, http_port: int, openai_port: int) -> list[str]:
-    """The command line of OpenAI's API beside the server."""
-    from triton_repo import rules
+def _front(configs: dict[str, Any], server: Server, port: int) -> Front:
+    """OpenAI's API beside the server."""
+    from triton_repo import ports
+    from triton_repo.front import Front
     from triton_repo.openai import launch
 
     launch.check()
-    if http_port == 0:
-        raise click.UsageError("--openai-port needs a server's port; leave --http-port 0 out")
-    tokens = rules.check(repository)["tensorrt_llm"]
-    tokenizer = Path(tokens.parameters["tokenizer_dir"].string_value)
-    grpc = f"{LOOPBACK if server.host == '0.0.0.0' else server.host}:{http_port + 1}"
-    return launch.command(grpc, tokenizer, host=server.host, port=openai_port)
+    ports.check(port, server.host, "openai_port")
+    tokenizer = Path(configs["tensorrt_llm"].parameters["tokenizer_dir"].string_value)
+    line = launch.command(server.grpc_address, tokenizer, host=server.host, port=port, grace_s=server.grace_s)
+    return Front(line, server.grace_s)

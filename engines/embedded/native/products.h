@@ -67,7 +67,8 @@ inline Results<kRows, kColumns> multiply(const Weight* weight, const float* x, l
   for (int r = 0; r < kRows; r++)
     for (int m = 0; m < kColumns; m++) {
       float s = sum(total[r][m]);
-      for (long j = k; j < columns; j++) s += widen(weight[r * columns + j]) * x[m * columns + j];
+      for (long j = k; j < columns; j++)  // fused in every tile: a row must not depend on its batch
+        s = __builtin_fmaf(widen(weight[r * columns + j]), x[m * columns + j], s);
       out.value[m][r] = s;
     }
   return out;
