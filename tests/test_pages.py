@@ -1,6 +1,6 @@
 """The HTML pages in headless Chromium: axe-core's rules, light and dark, on a desktop and a phone, offline.
 
-Needs Chromium on the PATH, and npm install --prefix tests/pages.
+Needs Chromium on the PATH, and npm ci --prefix tests/pages.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def told(pages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> li
     if browser is None:
         pytest.skip("no Chromium here; apt-get install chromium")
     if shutil.which("node") is None or not (PAGES / "node_modules" / "playwright-core").is_dir():
-        pytest.skip("no playwright-core here; npm install --prefix tests/pages")
+        pytest.skip("no playwright-core here; npm ci --prefix tests/pages")
     pictures = tmp_path_factory.mktemp("pictures")
     command = ["node", str(PAGES / "check.mjs"), browser, str(pictures), *map(str, pages.values())]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240)

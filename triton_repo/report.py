@@ -31,6 +31,7 @@ SETTINGS = {
     "prompts": "prompts",
     "input_tokens": "prompt tokens",
     "max_tokens": "tokens an answer",
+    "equal_lengths": "all of them asked for",
     "concurrency": "levels",
     "requests": "requests a round",
     "rounds": "rounds a side and level",
@@ -112,7 +113,7 @@ def render(comparison: Comparison) -> str:
         main=words.primary(comparison),
         others=[comparison.row(metric, level) for metric in comparison.metrics],
         by_length=[METRICS[row.metric] for shape in comparison.by_shape[:1] for row in shape.rows],
-        client_ms=_client_ms(comparison),
+        client_ms=_client_ms(comparison) if comparison.server_times else {},
         ran=_ran(comparison),
         settings=_settings(comparison),
         plots={name: plot(comparison) for name, plot in plots.PLOTS.items()},
@@ -147,4 +148,6 @@ def _settings(comparison: Comparison) -> list[tuple[str, str]]:
 def _setting(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {x:g}" for name, x in value.items() if x is not None)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return ", ".join(f"{x:g}" for x in value) if isinstance(value, list | tuple) else str(value)
