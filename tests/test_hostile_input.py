@@ -37,8 +37,8 @@ class Connection:
     def __init__(self, port: int) -> None:
         self.http = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
 
-    def ask(self, body: bytes, verb: str = "generate") -> tuple[int, bytes]:
-        self.http.request("POST", f"/v2/models/ensemble/{verb}", body, {"Content-Type": "application/json"})
+    def ask(self, body: bytes, verb: str = "generate", model: str = "ensemble") -> tuple[int, bytes]:
+        self.http.request("POST", f"/v2/models/{model}/{verb}", body, {"Content-Type": "application/json"})
         response = self.http.getresponse()
         return response.status, response.read()
 
@@ -99,6 +99,44 @@ def test_a_stream_is_refused_with_a_status(connection: Connection) -> None:
     status, answer = connection.ask(request(max_tokens=0, stream=True), "generate_stream")
     assert status == 400
     assert "max_tokens: 0 is not positive" in json.loads(answer.removeprefix(b"data: "))["error"]
+
+
+def tensor(name: str, shape: list[int], data: list[Any], kind: str = "INT32") -> dict[str, Any]:
+    return {"name": name, "datatype": kind, "shape": shape, "data": data}
+
+
+LENGTH = tensor("SEQUENCE_LENGTH", [1, 1], [1])
+FINAL = tensor("FINAL", [1, 1], [True], "BOOL")
+PROMPT_OF_2 = {"input_ids": [1, 2], "input_lengths": 2, "request_output_len": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "message"),
+    [
+        ("tensorrt_llm", {"streaming": False, "seed": 1, "end_id": 1}, "input_ids: missing"),
+        ("tensorrt_llm", {**PROMPT_OF_2, "input_ids": [-1, 5]}, "input_ids: token -1 is not below"),
+        ("tensorrt_llm", {**PROMPT_OF_2, "input_lengths": -2}, "input_ids: empty"),
+        ("tensorrt_llm", {**PROMPT_OF_2, "stop_words_list": [1] * 1025 + [*range(1, 1026)]}, "at most 1024"),
+        ("preprocessing", [tensor("END_ID", [1, 1], [1]), tensor("PAD_ID", [1, 1], [1])], "0 prompts"),
+        ("postprocessing", [LENGTH, FINAL], "TOKENS_BATCH: missing"),
+        ("postprocessing", [tensor("TOKENS_BATCH", [1, 1, 1], [-1]), LENGTH], "a token is negative"),
+    ],
+)
+def test_the_steps_refuse_too(
+    server: Server, connection: Connection, model: str, body: Any, message: str
+) -> None:
+    """Clients reach them by name. What is refused keeps no place in the queue."""
+    whole, verb = ({"inputs": body}, "infer") if isinstance(body, list) else (body, "generate")
+    for _ in range(300):  # more than batch and queue take
+        status, answer = connection.ask(json.dumps(whole).encode(), verb, model)
+        assert (status, message in json.loads(answer)["error"]) == (400, True), answer
+    assert generate(Endpoint(server.url), PROMPT, max_tokens=2)
+
+
+def test_an_end_that_is_no_token_ends_nothing(connection: Connection) -> None:
+    body = {**PROMPT_OF_2, "end_id": 2**31 - 1, "min_tokens": 2}
+    status, answer = connection.ask(json.dumps(body).encode(), model="tensorrt_llm")
+    assert (status, len(json.loads(answer)["output_ids"])) == (200, 2)
 
 
 TEXT = st.text(max_size=30)

@@ -10,6 +10,7 @@ from engines.embedded.step import BLOCK_SIZE, num_blocks
 from engines.manifest import Manifest
 
 LARGEST = 1e4  # of temperatures and penalties: logits stay far from the ends of float32
+MAX_WORDS = 1024  # of one list; stop words are looked for after every token
 FinishReason = Literal["length", "end_id", "stop_words"]
 
 
@@ -59,8 +60,11 @@ class Request:
 
     def _check_words(self) -> None:
         for name in ("stop_words", "bad_words"):
-            if not all(getattr(self, name)):
+            words = getattr(self, name)
+            if not all(words):
                 raise UserError(f"{name}: an entry is empty; leave it out")
+            if len(words) > MAX_WORDS:
+                raise UserError(f"{name}: {len(words)} words, at most {MAX_WORDS} are taken")
 
     def _check_sampling(self) -> None:
         if self.temperature is not None and not 0 <= self.temperature <= LARGEST:

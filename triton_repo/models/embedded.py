@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +27,7 @@ NEUTRAL = {
 }
 HOSTS = "FFN_FUSION_HOSTS"  # a:2,b:2 puts ranks there; the server's own host comes first
 MAX_QUEUE_SIZE = {"string_value": "256"}  # of a repository that does not say
+REQUIRED = ("input_ids", "input_lengths", "request_output_len")  # Triton counts inputs, whichever they are
 PREFIX = 16  # tokens before the new ones that postprocessing needs to decode them
 
 
@@ -49,6 +49,9 @@ def words(request, name: str) -> tuple[tuple[int, ...], ...]:
 
 def engine_request(request) -> Request:
     """What the engine is asked. Raises UserError for what it cannot do."""
+    for name in REQUIRED:
+        if pb_utils.get_input_tensor_by_name(request, name) is None:
+            raise UserError(f"{name}: missing; send it")
     for name, neutral in NEUTRAL.items():
         given = value(request, name)
         if given is not None and given not in neutral:
@@ -75,7 +78,8 @@ def engine_request(request) -> Request:
 
 
 def triton_error(error: Exception):
-    """What the client asked wrongly is HTTP 400; of an engine that died 503, for another server may do it."""
+    """INVALID_ARG is of what the client asked wrongly; UNAVAILABLE of an engine that died, for another server
+    may do it. Triton 2.51 gives a client of the ensemble HTTP 400 for both."""
     kind = pb_utils.TritonError
     return kind(str(error), kind.INVALID_ARG if isinstance(error, UserError) else kind.UNAVAILABLE)
 
@@ -151,9 +155,9 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self.session = self.open_session(Path(parameters["gpt_model_path"]["string_value"]))
         self.max_queue_size = int(parameters.get("max_queue_size", MAX_QUEUE_SIZE)["string_value"])
-        batch = self.session.manifest.max_batch_size
-        self.places = threading.Semaphore(batch + self.max_queue_size)
-        self.threads = ThreadPoolExecutor(batch + self.max_queue_size)
+        self.places = self.session.manifest.max_batch_size + self.max_queue_size
+        self.threads = ThreadPoolExecutor(self.places)
+        self.running: set[Running] = set()
         self.watcher = Watcher()
         self.by_id: dict[str, Running] = {}
 
@@ -173,23 +177,23 @@ class TritonPythonModel:
                 self.stop(request.request_id())
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 continue
-            if not self.places.acquire(blocking=False):
+            if len(self.running) >= self.places:
                 self.fail(sender, self.full())
                 continue
             try:
                 outputs = self.start(request)
             except (UserError, EngineError) as error:
-                self.places.release()
                 self.fail(sender, triton_error(error))
                 continue
             names = set(request.requested_output_names())
             running = Running(outputs, sender, bool(value(request, "streaming")), names)
+            self.running.add(running)
             if request.request_id():
                 self.by_id[request.request_id()] = running
             self.threads.submit(self.run, running, request.request_id())
 
     def full(self):
-        """Said at once, for a client that can go elsewhere: HTTP 503."""
+        """Said at once, for a client that can go elsewhere."""
         return pb_utils.TritonError(
             f"the queue is full: {self.max_queue_size} requests wait; try again later, or deploy with a "
             "larger --max-queue-size",
@@ -215,10 +219,11 @@ class TritonPythonModel:
             error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
         except (UserError, EngineError) as raised:
             error = triton_error(raised)
-        self.places.release()
-        self.watcher.forget(key)
-        if self.by_id.get(request_id) is running:
-            del self.by_id[request_id]
+        finally:
+            self.running.discard(running)
+            self.watcher.forget(key)
+            if self.by_id.get(request_id) is running:
+                del self.by_id[request_id]
         if error is not None:
             self.fail(running.sender, error)
         else:

@@ -98,7 +98,8 @@ class TritonPythonModel:
             try:
                 asked = self.asked(request)
             except Exception as error:  # noqa: BLE001  (SamplingParams may raise anything)
-                self.fail(sender, pb_utils.TritonError(str(error) or type(error).__name__))
+                text = str(error) or type(error).__name__
+                self.fail(sender, pb_utils.TritonError(text, pb_utils.TritonError.INVALID_ARG))
                 continue
             asyncio.run_coroutine_threadsafe(self.run(asked, sender, request.request_id()), self.loop)
 

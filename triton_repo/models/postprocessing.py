@@ -63,6 +63,14 @@ class Memory:
         return visible[shown:]
 
 
+def required(request, name: str) -> np.ndarray:
+    """An input's array; Triton only counts inputs, so another one may have come in its place."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        raise ValueError(f"{name}: missing; send it")
+    return tensor.as_numpy()
+
+
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
@@ -72,28 +80,36 @@ class TritonPythonModel:
         self.memory = Memory(self.decode)
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=self.skip)
+        try:
+            return self.tokenizer.decode(ids, skip_special_tokens=self.skip)
+        except OverflowError:
+            raise ValueError("TOKENS_BATCH: a token is negative; send those of the engine") from None
 
     def execute(self, requests: list) -> list:
         return [self.respond(request) for request in requests]
 
     def respond(self, request):
-        batch, lengths = (
-            pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-            for name in ("TOKENS_BATCH", "SEQUENCE_LENGTH")
-        )
+        try:
+            return self.answer(self.texts(request))
+        except ValueError as error:
+            refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=refused)
+
+    def texts(self, request) -> list[str]:
+        """Of each beam. Raises ValueError for what a client sends that no engine would."""
+        batch, lengths = (required(request, name) for name in ("TOKENS_BATCH", "SEQUENCE_LENGTH"))
         prefix = pb_utils.get_input_tensor_by_name(request, "PREFIX_IDS")
         final = pb_utils.get_input_tensor_by_name(request, "FINAL")
         request_id = request.request_id()
-        if prefix is None and request_id.startswith(Memory.STREAM) and batch.shape[1] == 1:
-            return self.answer([self.memory.piece(request_id, batch[0, 0, : lengths[0, 0]].tolist())])
+        one = batch.shape[1] == lengths.shape[1] == 1
+        if prefix is None and request_id.startswith(Memory.STREAM) and one:
+            return [self.memory.piece(request_id, batch[0, 0, : lengths[0, 0]].tolist())]
         prefix_ids = [] if prefix is None else [i for i in prefix.as_numpy().flatten().tolist() if i >= 0]
         is_final = True if final is None else bool(final.as_numpy().flat[0])
-        texts = [
+        return [
             new_text(self.decode, prefix_ids, beam[:length].tolist(), is_final)
             for beam, length in zip(batch[0], lengths[0], strict=True)
         ]
-        return self.answer(texts)
 
     def answer(self, texts: list[str]):
         out = np.array([[text.encode() for text in texts]], dtype=object)

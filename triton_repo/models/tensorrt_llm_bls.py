@@ -39,7 +39,11 @@ DRAFT = ("num_draft_tokens", "use_draft_logits")
 
 
 class Refused(Exception):  # noqa: N818  (the client's error)
-    """A model refused the request, or it asks for what cannot be."""
+    """A model refused the request, or it asks for what cannot be (INVALID_ARG)."""
+
+    def __init__(self, text: str, code: int | None = None) -> None:
+        super().__init__(text)
+        self.code = pb_utils.TritonError.INVALID_ARG if code is None else code
 
 
 def array(tensor) -> np.ndarray:
@@ -79,7 +83,7 @@ def call(model: str, inputs: dict, outputs: list[str]) -> dict:
     )
     response = request.exec()
     if response.has_error():
-        raise Refused(response.error().message())
+        raise Refused(response.error().message(), response.error().code())
     return {tensor.name(): array(tensor) for tensor in response.output_tensors()}
 
 
@@ -94,7 +98,8 @@ def generate(model: str, inputs: dict, outputs: list[str], request_id: str) -> d
     found = None
     for response in request.exec(decoupled=True):  # to its end: an iterator left alone keeps its request
         if response.has_error():
-            raise Refused(response.error().message())  # nothing follows, not even the end
+            error = response.error()
+            raise Refused(error.message(), error.code())  # nothing follows, not even the end
         found = {tensor.name(): array(tensor) for tensor in response.output_tensors()} or found
     return found
 
@@ -271,7 +276,9 @@ class TritonPythonModel:
         error = None
         try:
             request.run()
-        except (Refused, pb_utils.TritonModelException) as raised:
+        except Refused as raised:
+            error = pb_utils.TritonError(str(raised), raised.code)
+        except pb_utils.TritonModelException as raised:
             error = pb_utils.TritonError(str(raised))
         if request.cancelled:
             error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
