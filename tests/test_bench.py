@@ -341,7 +341,7 @@ def test_command(machine: StandIn, engines: Path, tiny_hf: Path, tmp_path: Path)
         "built with TensorRT-LLM",
     ):
         assert text in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 9
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 

@@ -227,7 +227,7 @@ def test_compare_latency_with_everything(server: Server, tiny_hf: Path, tmp_path
     assert told["against"] is None
     assert again["against"]["file"] in {x.name for x in (tmp_path / "kept").iterdir()}
     page = (tmp_path / "second" / "report.html").read_text()
-    assert "What Triton says of its own time" in page
+    assert "Triton's own times" in page
     assert "By length" in page
     assert "requests/s" in page
 
