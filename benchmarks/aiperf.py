@@ -23,8 +23,7 @@ from builder.training.parent import train_parent
 from engines.embedded.compilation import build
 from triton_repo import aiperf
 from triton_repo.client import Endpoint, RequestTiming
-from triton_repo.compare import enough
-from triton_repo.load import Load
+from triton_repo.load import Load, enough
 from triton_repo.repository import write_repository
 from triton_repo.server import Server
 
@@ -36,7 +35,7 @@ def ours(timings: tuple[RequestTiming, ...]) -> dict[str, list[float]]:
     """In ms, a value a request."""
     return {
         "ttft_ms": [1e3 * t.ttft_s for t in timings],
-        "inter_token_ms": [1e3 * float(np.mean(t.inter_token_s)) for t in timings if t.inter_token_s],
+        "inter_token_ms": [1e3 * t.mean_gap_s for t in timings if t.inter_token_s],
         "latency_ms": [1e3 * t.latency_s for t in timings],
     }
 

@@ -322,7 +322,7 @@ def test_command(machine: StandIn, engines: Path, tiny_hf: Path, tmp_path: Path)
         expected = 1 / 0.8 if "tokens" in row["metric"] else 0.8
         assert row["ratio"]["value"] == pytest.approx(expected)
         assert row["ratio"]["low"] <= expected <= row["ratio"]["high"]
-    assert values["inter_token_ms"] == {}
+    assert values["token_gap_ms"] == {}
     assert values["settings"]["requests"] == [32, 128]
     assert [facts["tp_size"] for facts in (values["baseline_facts"], values["candidate_facts"])] == [2, 2]
     assert any("percentiles of a run, not single values" in note for note in values["notes"])
@@ -459,7 +459,6 @@ def test_model_directory(machine: StandIn, engines: Path, tmp_path: Path) -> Non
     [
         (("--via", "trtllm-bench", "--prompts", "p"), "--prompts belongs to --via triton"),
         (("--via", "trtllm-bench", "--load-generator", "aiperf"), "--load-generator belongs to --via triton"),
-        (("--num-requests", "4"), "--num-requests belongs to --via trtllm-bench"),
         (("--model", "m"), "--model is for URLs"),
         (("--load-generator", "aiperf"), "--load-generator aiperf needs --tokenizer DIR"),
     ],

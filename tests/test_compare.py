@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.console import Console
 from builder.errors import UserError
 from triton_repo import compare, load, measuring, report, shapes, words
 from triton_repo.client import Endpoint, RequestTiming, generate, measure, stream
-from triton_repo.history import against_last, keep
+from triton_repo.history import RATIO, against_last, keep, read
 from triton_repo.load import Load
 from triton_repo.rounds import (
     Ratio,
@@ -31,6 +32,7 @@ from triton_repo.rounds import (
     row,
     statistics,
 )
+from triton_repo.work import unequal
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -89,7 +91,7 @@ def test_client_times_each_chunk(endpoint: Endpoint) -> None:
     timing = measure(endpoint, "x", max_tokens=5)
     assert timing.num_chunks == 5
     assert timing.text == "0 1 2 3 4 "
-    assert min(timing.inter_token_s) > 0.01
+    assert np.median(timing.inter_token_s) > 0.01
     assert timing.latency_s == pytest.approx(timing.ttft_s + sum(timing.inter_token_s))
 
 
@@ -128,6 +130,23 @@ def make_rounds(scale: float, seed: int = 0, count: int = 12) -> list[Round]:
         for _ in range(count)
         for s in compare.SIDES
     ]
+
+
+def test_tokens_that_come_two_at_a_time_do_not_move_inter_token_latency() -> None:
+    """Equal requests, whose gaps are long or short by turns, from either end: medians of gaps are 9 apart."""
+    gaps = (0.001, 0.009) * 4
+    timings = [
+        RequestTiming(ttft_s=0.1, inter_token_s=x, latency_s=0.1 + sum(x), text="")
+        for x in ((*gaps, 0.001), (*gaps[::-1], 0.009))
+    ]
+    sides = [
+        Round(side=side, concurrency=1, wall_s=1, timings=(timing,) * 4)
+        for side, timing in zip(compare.SIDES, timings, strict=True)
+        for _ in range(4)
+    ]
+    assert row(sides, "token_gap_ms", 1).ratio.value == pytest.approx(9)
+    assert row(sides, "inter_token_ms", 1).ratio.value == pytest.approx(49 / 41)
+    assert row(sides, "inter_token_ms", 1).baseline.p50 == pytest.approx(41 / 9)
 
 
 def test_statistics_are_numpys() -> None:
@@ -233,7 +252,7 @@ def test_goodput_counts_requests_within_all_targets() -> None:
 @pytest.mark.parametrize("endpoint", [SlowHandler], indirect=True)
 def test_an_open_loop_does_not_wait_and_counts_from_when_requests_are_due(endpoint: Endpoint) -> None:
     """A request takes 0.1 s; 100 come a second, so they overlap, and none of their waiting is forgotten."""
-    made = Load(prompts=["x"] * 20, max_tokens=5, open_loop=True, seed=3)
+    made = Load(prompts=["x"], num_requests=20, max_tokens=5, open_loop=True, seed=3)
     wall, timings = made.run(endpoint, 100.0, 0)
     assert len(timings) == 20
     assert wall < 20 * 0.1 / 2
@@ -250,40 +269,53 @@ def test_warm_up_goes_on_until_it_is_steady() -> None:
         told = iter(values)
         return lambda side: [RequestTiming(ttft_s=0, inter_token_s=(), latency_s=next(told), text="")]
 
-    assert measuring.until_steady(rounds([5, 5, 2, 2, 1, 1, 1, 1])) == 4
-    assert measuring.until_steady(rounds([1, 2, 1.05, 2.1])) == 2
-    assert measuring.until_steady(rounds([2.0**-i for i in range(12)])) == measuring.MOST_WARM_UPS
-    assert "had not settled" in compare._cold([2, 6])[0]
+    most = measuring.MOST_WARM_UPS
+    assert measuring.until_steady(rounds([5, 5, 2, 2, 1, 1, 1, 1])) == (4, True)
+    assert measuring.until_steady(rounds([1, 2, 1.05, 2.1])) == (2, True)
+    assert measuring.until_steady(rounds([9, 9, 8, 8, 6, 6, 4, 4, 2, 2, 2, 2])) == (most, True)
+    assert measuring.until_steady(rounds([2.0**-i for i in range(12)])) == (most, False)
+    wild = measuring.Measured(rounds=[], warm_ups=[2, most], settled=[True, False], server_times={})
+    assert [x[:23] for x in compare._reservations(wild, True)] == [
+        "Answers end by themselv",
+        "Latency had not settled",
+    ]
+    assert list(compare._reservations(replace(wild, settled=[True, True]), False)) == []
 
 
 def run_of(scale: float, seed: int, **changes: object) -> dict:
     rounds = make_rounds(scale, seed)
-    made = compare.assemble(
-        rounds, method="m", how="", settings={"concurrency": [1], "rounds": 12, "seed": seed, "prompts": 3}
-    )
+    settings = {"concurrency": [1], "rounds": 12, "seed": seed, "prompts": 3}
+    made = compare.assemble(rounds, method="m", how="", settings=settings)
     return {**made.to_dict(), **changes}
 
 
 def test_history_tells_what_changed_on_the_same_hardware(tmp_path: Path) -> None:
-    assert against_last(tmp_path, run_of(1.0, 0)) is None
+    assert against_last(read(tmp_path), run_of(1.0, 0)) is None
     keep(tmp_path, run_of(1.0, 0))
-    same = against_last(tmp_path, run_of(1.0, 1))
+    same = against_last(read(tmp_path), run_of(1.0, 1))
     assert same is not None
     assert not any(x.slower or x.faster for x in same.changes)
-    worse = against_last(tmp_path, run_of(1.3, 2))
+    worse = against_last(read(tmp_path), run_of(1.3, 2))
     assert worse is not None
     assert {(x.side, x.metric) for x in worse.changes if x.slower} >= {("candidate", "inter_token_ms")}
     assert not any(x.slower for x in worse.changes if x.side == "baseline")
+    for name, (low, high) in {"candidate": (1.2, 1.4), RATIO: (1.2, 1.4), "baseline": (0.9, 1.1)}.items():
+        found = next(x for x in worse.changes if (x.side, x.metric) == (name, "inter_token_ms"))
+        assert low < found.ratio < high
+    moved = against_last(read(tmp_path), {**run_of(1.0, 0), "versions": {"torch": "99"}})
+    assert moved is not None
+    assert any(x.startswith("torch ") and x.endswith(" to 99") for x in moved.packages)
+    assert {x.ratio for x in moved.changes} == {1.0}
     other = {"cpu": "another", "cores": 2, "machine": "x86_64", "gpus": []}
-    assert against_last(tmp_path, run_of(1.0, 1, hardware=other)) is None
+    assert against_last(read(tmp_path), run_of(1.0, 1, hardware=other)) is None
     keep(tmp_path, run_of(1.3, 2))
     assert len(list(tmp_path.glob("*.json"))) == 2
-    later = against_last(tmp_path, run_of(1.3, 3))
+    later = against_last(read(tmp_path), run_of(1.3, 3))
     assert later is not None
-    assert sum(x.slower for x in later.changes) <= 1  # of six, by chance
+    assert sum(x.slower for x in later.changes) <= 1  # of nine, by chance
     (tmp_path / "99990101T000000Z-00.json").write_text("{}")
     with pytest.raises(UserError, match=r"99990101T000000Z-00\.json: no run of compare-latency"):
-        against_last(tmp_path, run_of(1.0, 1))
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +330,7 @@ def test_history_tells_what_changed_on_the_same_hardware(tmp_path: Path) -> None
             ("--rate", "2", "--load-generator", "aiperf", "--tokenizer", "x"),
             "--rate belongs to --load-generator",
         ),
+        (("--rate", "2", "--concurrency", "4"), "--rate is an open loop, --concurrency a closed one"),
         (("--slo", "ttft=3", "--via", "trtllm-bench"), "--slo belongs to --via triton"),
     ],
 )
@@ -324,7 +357,7 @@ def test_report_of_runs_without_single_values(tmp_path: Path) -> None:
     settings = {"concurrency": [1], "rounds": 6, "seed": 0}
     comparison = compare.assemble(runs, method="with a tool", how="6 rounds.", settings=settings)
     assert comparison.metrics == ("inter_token_ms", "latency_ms", "tokens_per_s")
-    assert comparison.inter_token_ms == {}
+    assert comparison.token_gap_ms == {}
     assert comparison.notes == ()
     (tmp_path / "left").mkdir()
     (tmp_path / "left" / "log").write_text("said")
@@ -354,11 +387,17 @@ def test_order_of_rounds_is_abba(endpoint: Endpoint) -> None:
 def test_unequal_work_is_said() -> None:
     generator = np.random.default_rng(0)
     rounds = [make_round("baseline", generator, 1.0, 16), make_round("candidate", generator, 1.0, 9)]
-    assert "differ in length: 16.0 tokens a request from the baseline, 9.0" in compare._notes(rounds)[0]
-    assert compare._notes(make_rounds(1.0)) == ()
+    assert "differ in length: 16.0 tokens a request from the baseline, 9.0" in unequal(rounds)[0]
+    assert unequal(make_rounds(1.0)) == ()
 
 
-TIMED = ("ttft_ms", "inter_token_ms", "latency_ms", "tokens_per_s")  # by this package's own client
+TIMED = (
+    "ttft_ms",
+    "inter_token_ms",
+    "token_gap_ms",
+    "latency_ms",
+    "tokens_per_s",
+)  # by this package's own client
 FACTS = {
     "layers": 16,
     "attention_layers": 16,
@@ -377,7 +416,7 @@ def comparison() -> compare.Comparison:
         method="through Triton",
         how="12 rounds.",
         rows=tuple(row(rounds, metric, 1) for metric in TIMED),
-        inter_token_ms={s: compare._values(rounds, s, 1, "inter_token_ms") for s in compare.SIDES},
+        token_gap_ms={s: compare._values(rounds, s, 1, "token_gap_ms") for s in compare.SIDES},
         notes=("Outputs <differ>.",),
         settings={"prompts": 3, "max_tokens": 16, "concurrency": [1], "rounds": 12, "seed": 0},
         baseline_facts=FACTS,
@@ -449,7 +488,7 @@ def test_every_client_is_at_work(endpoint: Endpoint, monkeypatch: pytest.MonkeyP
         return RequestTiming(ttft_s=0.1, inter_token_s=(0.1,), latency_s=0.2, text="x")
 
     monkeypatch.setattr(load, "measure", counted)
-    monkeypatch.setattr(measuring, "until_steady", lambda run: 0)
+    monkeypatch.setattr(measuring, "until_steady", lambda run: (0, True))
     result = compare.compare(
         endpoint, endpoint, prompts=["a", "b", "c", "d"], max_tokens=2, concurrency=(16,), rounds=2
     )
@@ -465,13 +504,13 @@ def test_what_is_no_address(url: str) -> None:
 
 
 def test_unlike_backends_and_other_machines_are_told() -> None:
-    from triton_repo.cli.compare_latency import _elsewhere
+    from triton_repo.cli.compare_sides import elsewhere
 
     assert compare._backends({"backend": "embedded"}, {"backend": "embedded"}) == ()
     assert compare._backends({"backend": "embedded"}, None) == ()
     assert "different backends, a and b" in compare._backends({"backend": "a"}, {"backend": "b"})[0]
-    assert _elsewhere("http://127.0.0.1:8000", "http://localhost:8010", "engine") == ()
-    assert "other machines" in _elsewhere("http://127.0.0.1:8000", "http://node7:8000")[0]
+    assert elsewhere("http://127.0.0.1:8000", "http://localhost:8010", "engine") == ()
+    assert "other machines" in elsewhere("http://127.0.0.1:8000", "http://node7:8000")[0]
 
 
 def test_prompts_have_the_lengths_asked_for(tiny_hf: Path) -> None:

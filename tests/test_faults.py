@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 
 from builder.errors import UserError
 from triton_repo import leftovers
-from triton_repo.client import Endpoint, generate, stream
+from triton_repo.client import Endpoint, generate, model_statistics, stream
 from triton_repo.leftovers import SHM, sweep
 from triton_repo.ports import choose
 from triton_repo.processes import descendants, start_time
@@ -29,6 +30,7 @@ from triton_repo.server import Server
 from triton_repo.watchdog import Watchdog
 
 PROMPT = "The quick brown fox"
+RUNNING = 128  # requests, 32 times the engine's batch
 
 
 class Machine:
@@ -97,6 +99,14 @@ def until(what: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
+def steps(machine: Machine, after_s: float = 0) -> int:
+    """How many pieces of text postprocessing has made."""
+    time.sleep(after_s)
+    told = model_statistics(Endpoint(machine.url)) or []
+    (found,) = [x["inference_stats"]["success"]["count"] for x in told if x["name"] == "postprocessing"]
+    return int(found)
+
+
 def test_status_and_logs(machine: Machine) -> None:
     expected = generate(Endpoint(machine.url), PROMPT, max_tokens=5)
     assert expected
@@ -157,6 +167,27 @@ def test_half_a_request_and_a_client_that_goes(machine: Machine) -> None:
         one.close()
 
 
+def test_work_for_clients_that_have_gone_stops(machine: Machine) -> None:
+    """Eight streams of 100 tokens are given up after the first, without an id and with one."""
+    before = steps(machine)
+    for i in range(8):
+        body = {"text_input": PROMPT, "max_tokens": 100, "min_tokens": 100, "stream": True}
+        connection = http.client.HTTPConnection("127.0.0.1", machine.port, timeout=60)
+        connection.request(
+            "POST",
+            "/v2/models/ensemble/generate_stream",
+            json.dumps(body if i % 2 else {**body, "id": f"stream-{i}"}),
+        )
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data:")
+        answer.close()
+        connection.close()
+    until(lambda: steps(machine) == steps(machine, after_s=0.5))
+    assert 8 <= steps(machine) - before < 400
+    text = "".join(stream(Endpoint(machine.url), PROMPT, max_tokens=100, min_tokens=100))
+    assert text == generate(Endpoint(machine.url), PROMPT, max_tokens=100, min_tokens=100)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -209,13 +240,24 @@ def test_stop_under_load_lets_running_requests_end(machine: Machine) -> None:
     """And refuses new ones; OpenAI's API beside the server ends with it."""
     end = Endpoint(machine.url)
     expected = generate(end, PROMPT, max_tokens=100)
-    running = [stream(end, PROMPT, max_tokens=100) for _ in range(4)]
-    texts = [next(x) for x in running]
-    stopping = threading.Thread(target=machine.run, args=("stop",))
-    stopping.start()
-    for i, one in enumerate(running):
-        texts[i] += "".join(one)
-    assert texts == [expected] * 4
+    pid, before = machine.status()["pid"], steps(machine)
+
+    def whole(_: int) -> str:
+        return "".join(stream(end, PROMPT, max_tokens=100))
+
+    with ThreadPoolExecutor(2 * RUNNING) as clients:
+        running = [clients.submit(whole, i) for i in range(RUNNING)]
+        until(lambda: steps(machine) > before + RUNNING)
+        os.kill(pid, signal.SIGTERM)
+        stopping = threading.Thread(target=machine.run, args=("stop",))
+        stopping.start()
+        refused: list[Future[str]] = []  # but for those that come before the server has the signal
+        while not any(x.done() and x.exception() for x in refused):
+            refused.append(clients.submit(generate, end, PROMPT, max_tokens=1))
+            time.sleep(0.1)
+        assert not all(x.done() for x in running)
+        assert [x.result() for x in running] == [expected] * RUNNING
+    assert isinstance(refused[-1].exception(), UserError)  # at once, not after the running ones
     stopping.join(60)
     with pytest.raises(UserError, match="connection refused"):
         generate(end, PROMPT, max_tokens=1)

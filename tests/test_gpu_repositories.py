@@ -207,6 +207,17 @@ def test_cancel_over_grpc_stops_the_engine(server: Server, repository: Path) -> 
         assert list(one) == []
 
 
+def test_a_client_that_goes_from_an_http_stream_stops_the_engine(server: Server, repository: Path) -> None:
+    """By the request's id, which is all that TensorRT-LLM's backend knows of it."""
+    log = repository.parent / "tensorrt_llm.log"
+    before = stopped(log)
+    for _ in range(4):
+        one = stream(Endpoint(server.url), "a", max_tokens=150, seed=99)
+        assert next(one) is not None
+        one.close()
+    wait_for(log, before + 4)
+
+
 def test_cancel_over_grpc_ends_the_drafts(server: Server, repository: Path) -> None:
     """150 tokens would take 50 passes, 5 s."""
     before = passes(repository, "tensorrt_llm")

@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_analysis_report import analysis  # noqa: F401  (a fixture)
 from test_compare import comparison, make_rounds, recorded  # noqa: F401  (the first is a fixture)
 
+from builder.analysis import page as analysis_page
+from builder.analysis.record import Analysis
 from triton_repo import compare, report, words
 from triton_repo.compare import Comparison
-from triton_repo.history import Against, Change
+from triton_repo.history import RATIO, Against, Change
 from triton_repo.rounds import SIDES, Ratio, row
 from triton_repo.shapes import Shape, shape_rows
 
@@ -36,23 +39,22 @@ def rich(comparison: Comparison) -> Comparison:  # noqa: F811
     rounds = [replace(x, concurrency=level) for level in levels for x in make_rounds(0.5, level)]
     shape = Shape(input_tokens=512, output_tokens=16, prompts=())
     changes = [
-        Change(side=side, metric="ttft_ms", concurrency=1, ratio=x, low=x - 0.03, high=x + 0.03)
-        for side, x in zip(SIDES, (1.0, 1.1), strict=True)
+        Change(side=side, metric="inter_token_ms", concurrency=1, ratio=x, low=x - 0.03, high=x + 0.03)
+        for side, x in zip((*SIDES, RATIO), (1.0, 1.1, 1.1), strict=True)
     ]
+    counted = {"requests": 72, "calls": 720, "queue_ms": 0.5, "compute_ms": 2.0, "total_ms": 321.0}
     interval = {"value": 10.0, "low": 9.5, "high": 10.5}
     return replace(
         comparison,
         rows=tuple(row(rounds, metric, level) for level in levels for metric in comparison.metrics),
         settings={**comparison.settings, "concurrency": levels, "command": "ffn-fusion compare-latency a b"},
-        server_times={
-            side: {"tensorrt_llm": {"requests": 72, "queue_ms": 0.5, "compute_ms": 2}} for side in SIDES
-        },
+        server_times={side: {"tensorrt_llm": counted} for side in SIDES},
         by_shape=(shape_rows(shape, make_rounds(0.6)),),
         quality={
             "parent": {"perplexity": interval, "kl": None},
             "fused": {"perplexity": interval, "kl": interval},
         },
-        against=Against(file="20260101T000000Z-00.json", changes=tuple(changes)),
+        against=Against(file="20260101T000000Z-00.json", changes=tuple(changes), packages=("torch 1 to 2",)),
     )
 
 
@@ -82,7 +84,17 @@ def pages(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 @pytest.fixture(scope="module")
-def told(pages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def analysed(analysis: Analysis, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """The page of `analyze`."""
+    directory = tmp_path_factory.mktemp("analysis") / "page"
+    analysis_page.write(analysis, {0: np.ones(4)}, directory, "a <model> & more")
+    return next(directory.glob("*.html")).rename(directory / "analysis.html")
+
+
+@pytest.fixture(scope="module")
+def told(
+    pages: dict[str, Path], analysed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What tests/pages/check.mjs tells of all pages, each with its `pictures`."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -90,11 +102,12 @@ def told(pages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> li
     if shutil.which("node") is None or not (PAGES / "node_modules" / "playwright-core").is_dir():
         pytest.skip("no playwright-core here; npm ci --prefix tests/pages")
     pictures = tmp_path_factory.mktemp("pictures")
-    command = ["node", str(PAGES / "check.mjs"), browser, str(pictures), *map(str, pages.values())]
+    files = [*pages.values(), analysed]
+    command = ["node", str(PAGES / "check.mjs"), browser, str(pictures), *map(str, files)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found: list[dict[str, Any]] = json.loads(ran.stdout)
-    assert [(x["screen"], x["scheme"]) for x in found] == MODES * len(pages)
+    assert [(x["screen"], x["scheme"]) for x in found] == MODES * len(files)
     for x in found:
         stem = f"{x['page'].removesuffix('.html')}-{x['screen']}-{x['scheme']}"
         x["pictures"] = {part: pictures / f"{stem}-{part}.png" for part in ("first", "whole")}
@@ -115,7 +128,7 @@ def test_they_load_nothing_and_fit_the_width(told: list[dict[str, Any]]) -> None
 
 
 def test_the_first_screen_has_the_answer_down_to_the_machine(told: list[dict[str, Any]]) -> None:
-    assert [x["answered"] for x in told] == [True] * len(told)
+    assert all(x["answered"] for x in told if x["page"] != "analysis.html")
 
 
 def test_light_and_dark(told: list[dict[str, Any]]) -> None:
@@ -178,22 +191,25 @@ def test_what_the_pages_say(pages: dict[str, Path]) -> None:
         "times faster per token at one client",
         "perplexity",
         "10.0000 [9.5000, 10.5000]",
-        "1 slower, 0 faster",
+        "ratio 1.10 times</dd>",
         "The candidate is slower than in 20260101T000000Z-00.json",
-        "TTFT at one client 1.10 times [1.07, 1.13].",
+        "The ratio candidate / baseline is larger than in 20260101T000000Z-00.json",
+        "inter-token at one client 1.10 times [1.07, 1.13].",
+        "Since 20260101T000000Z-00.json: torch 1 to 2.",
+        "<td>321</td>",
         "tensorrt_llm",
         "512 in, 16 out",
         "<code>ffn-fusion compare-latency a b</code>",
     ):
         assert said in rich_text
-    assert texts["rich"].count("<svg") == 11
+    assert texts["rich"].count("<svg") == 12
 
 
 def test_every_outlier_that_is_counted_is_drawn(comparison: Comparison) -> None:  # noqa: F811
     from triton_repo import plots
 
     values = [*np.linspace(1.0, 1.4, 20), 9.0, 12.0]
-    odd = replace(comparison, inter_token_ms={"baseline": values, "candidate": values[:20]})
+    odd = replace(comparison, token_gap_ms={"baseline": values, "candidate": values[:20]})
     assert list(plots._outside(np.asarray(values))) == [9.0, 12.0]
     assert "outliers: 2 of the baseline, 0 of the candidate" in plots.spread(odd)
     many = np.linspace(100, 200, 10_000)

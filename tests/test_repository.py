@@ -42,6 +42,12 @@ input {
   dims: 1
   optional: true
 }
+input {
+  name: "TICKET"
+  data_type: TYPE_INT64
+  dims: 1
+  optional: true
+}
 output {
   name: "OUTPUT"
   data_type: TYPE_STRING
@@ -115,6 +121,7 @@ def test_repository_layout(engine: Path, tiny_hf: Path, tmp_path: Path) -> None:
     repository.write_repository(engine, tiny_hf, tmp_path / "r")
     files = sorted(p.relative_to(tmp_path / "r").as_posix() for p in (tmp_path / "r").rglob("*"))
     assert [f for f in files if f.count("/") == 2] == [
+        "postprocessing/1/cancellation.py",
         "postprocessing/1/model.py",
         "preprocessing/1/limits.py",
         "preprocessing/1/model.py",
@@ -150,7 +157,10 @@ def test_ensemble_wires_every_tensor() -> None:
     used = set()
     for step in whole.steps:
         model = models[step.model]
-        assert {t.name for t in model.inputs} - set(step.inputs) <= {"stop"}  # for other models, not clients
+        assert {t.name for t in model.inputs} - set(step.inputs) <= {
+            "stop",
+            "ticket",
+        }  # for other models, not clients
         assert set(step.outputs) == {t.name for t in model.outputs}
         assert set(step.inputs.values()) <= made
         used |= set(step.inputs.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -209,7 +210,8 @@ def test_compare_latency_with_everything(server: Server, tiny_hf: Path, tmp_path
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     line = ["compare-latency", server.url, server.url, "--tokenizer", str(tiny_hf), "--rounds", "3", "--json"]
-    line += ["--max-tokens", "6", "--rate", "20", "--slo", "ttft=5000,latency=9000", "--lengths", "12:5,40:9"]
+    line += ["--max-tokens", "6", "--rate", "60", "--num-requests", "6", "--lengths", "12:5,40:9"]
+    line += ["--slo", "ttft=5000,latency=9000"]
     line += ["--data", str(text), "--baseline-model", str(tiny_hf), "--candidate-model", str(tiny_hf)]
     line += ["--history", str(tmp_path / "kept")]
     first, second = (
@@ -223,7 +225,14 @@ def test_compare_latency_with_everything(server: Server, tiny_hf: Path, tmp_path
     assert rows["latency_ms"]["baseline_rounds"]
     assert [(x["input_tokens"], x["output_tokens"]) for x in told["by_shape"]] == [(12, 5), (40, 9)]
     assert told["quality"]["candidate"]["kl"]["value"] == pytest.approx(0, abs=1e-9)
-    assert told["server_times"]["candidate"]["ensemble"]["requests"] > 10
+    asked = ["ffn-fusion", *line[:3], "--output", str(tmp_path / "first"), *line[3:]]
+    assert sorted(shlex.split(told["settings"]["command"])) == sorted(asked)
+    sent = 3 * told["settings"]["requests"][0]
+    for side in ("baseline", "candidate"):  # one server is both sides, in turns
+        served = told["server_times"][side]
+        calls = {"ensemble": sent, "preprocessing": sent, "tensorrt_llm": sent, "postprocessing": 6 * sent}
+        assert {name: x["calls"] for name, x in served.items()} == calls
+        assert 0 < served["ensemble"]["total_ms"] < rows["latency_ms"][side]["mean"]
     assert told["against"] is None
     assert again["against"]["file"] in {x.name for x in (tmp_path / "kept").iterdir()}
     page = (tmp_path / "second" / "report.html").read_text()

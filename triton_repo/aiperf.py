@@ -19,7 +19,8 @@ from builder.errors import UserError
 from engines import logged
 from engines.mpi import inner_environment
 from triton_repo.client import Endpoint
-from triton_repo.compare import Comparison, assemble, enough, settings
+from triton_repo.compare import Comparison, assemble, settings
+from triton_repo.load import enough
 from triton_repo.measuring import interleave
 from triton_repo.rounds import SIDES, AnyRound, RecordedRound
 
@@ -183,6 +184,7 @@ def compare(
     prompts: Sequence[str],
     max_tokens: int,
     concurrency: Sequence[int] = (1, 2, 4),
+    num_requests: int | None = None,
     rounds: int = 8,
     seed: int = 0,
     baseline_facts: dict[str, Any] | None = None,
@@ -195,6 +197,7 @@ def compare(
     Raises UserError where aiperf or a request fails.
     """
     find()
+    asked = {level: enough(prompts, level, num_requests) for level in concurrency}
     ends = dict(zip(SIDES, (baseline, candidate), strict=True))
 
     def one(side: str, level: int, number: int) -> AnyRound:
@@ -204,7 +207,7 @@ def compare(
             side,
             level,
             tokenizer=tokenizer,
-            prompts=enough(prompts, level),
+            prompts=asked[level],
             max_tokens=max_tokens,
             directory=directory,
         )
@@ -215,10 +218,10 @@ def compare(
         measured,
         method=f"through Triton, by aiperf {used}",
         how=f"{rounds} interleaved rounds a side and level (ABBA), each a process of aiperf {used} that "
-        f"sends {len(prompts)} prompts, repeated until every client has two, {max_tokens} tokens each, "
-        "closed loop, after a warm-up.",
+        f"sends {', '.join(str(len(x)) for x in asked.values())} requests with {len(prompts)} prompts, "
+        f"{max_tokens} tokens each or fewer, closed loop, after a warm-up.",
         notes=(RESPONSES, *notes),
-        settings=settings(prompts, max_tokens, concurrency, rounds, seed),
+        settings=settings(prompts, [len(x) for x in asked.values()], max_tokens, concurrency, rounds, seed),
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
     )

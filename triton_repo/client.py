@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +29,11 @@ class RequestTiming:
     @property
     def num_chunks(self) -> int:
         return len(self.inter_token_s) + 1
+
+    @property
+    def mean_gap_s(self) -> float:
+        """Inter-token latency of the request; 0 of a single token."""
+        return sum(self.inter_token_s) / max(1, len(self.inter_token_s))
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,22 @@ def _inputs(endpoint: Endpoint) -> set[str] | None:
         return {tensor["name"] for tensor in json.loads(body)["inputs"]}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{endpoint.url}: is no Triton server; give the HTTP address of one") from None
+
+
+def takes(endpoint: Endpoint, sampling: str) -> bool:
+    """Whether the model has the input of a sampling option, by our name for it."""
+    name, _ = endpoint.dialect.sampling.get(sampling, (None, None))
+    return name in (_inputs(endpoint) or ())
+
+
+def model_statistics(endpoint: Endpoint) -> list[dict[str, Any]] | None:
+    """`model_stats` of all models, by Triton's statistics extension; None where the server has none."""
+    with _request(replace(endpoint, model="stats"), "GET", "") as response:  # in a model's place: of all
+        body = response.read()
+    try:
+        return list(json.loads(body)["model_stats"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def server_facts(url: str) -> dict[str, Any]:

@@ -8,20 +8,22 @@ through Triton, by aiperf through Triton, or by trtllm-bench without it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
-from triton_repo.client import Endpoint
+from builder.errors import UserError
+from triton_repo.client import Endpoint, measure, takes
 from triton_repo.history import Against
 from triton_repo.load import Load
-from triton_repo.measuring import MOST_WARM_UPS, STEADY, Sides
+from triton_repo.measuring import MOST_WARM_UPS, STEADY, Measured, Sides
 from triton_repo.rounds import METRICS, SIDES, AnyRound, RecordedRound, Row, Targets, row
 from triton_repo.shapes import Shape, ShapeRows, shape_rows
+from triton_repo.work import unequal
 
 VERSION = 2
 PACKAGES = ("tensorrt_llm", "torch", "tritonclient")
@@ -40,7 +42,7 @@ class Comparison:
     method: str  # "through Triton", ...
     how: str  # the rounds, in a sentence
     rows: tuple[Row, ...]
-    inter_token_ms: dict[str, list[float]]  # all values of each side at the first concurrency, or none
+    token_gap_ms: dict[str, list[float]]  # all values of each side at the first concurrency, or none
     notes: tuple[str, ...]
     settings: dict[str, Any]
     baseline_facts: dict[str, Any] | None
@@ -61,8 +63,16 @@ class Comparison:
         return next(r for r in self.rows if (r.metric, r.concurrency) == (metric, concurrency))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of report.json."""
-        return {"version": VERSION, **asdict(self)}
+        """The content of report.json; what is no number, a ratio to nothing, is null."""
+        return {"version": VERSION, **_finite(asdict(self))}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compare(
@@ -74,6 +84,7 @@ def compare(
     concurrency: Sequence[float] = (1, 2, 4),
     rounds: int = 8,
     seed: int = 0,
+    num_requests: int | None = None,
     open_loop: bool = False,
     equal_lengths: bool = True,
     targets: Targets | None = None,
@@ -87,49 +98,71 @@ def compare(
     """Measure both endpoints, greedily, `rounds` rounds a side at each level after a warm-up.
 
     A level of `concurrency` is clients at once; with `open_loop` requests/s. `equal_lengths` asks for all of
-    `max_tokens` where the models can be asked for it. `shapes` are measured at the first level. Raises
+    `max_tokens` if both models can be asked for it. `shapes` are measured at the first level. Raises
     UserError where a server fails.
     """
-    sides = Sides(baseline, candidate, rounds=rounds, targets=targets, progress=progress)
-    how: dict[str, Any] = {"open_loop": open_loop, "equal_lengths": equal_lengths, "seed": seed}
-    load = Load(prompts=prompts, max_tokens=max_tokens, **how)
-    measured, warm_ups = sides.measure(load, concurrency)
+    ends = dict(zip(SIDES, (baseline, candidate), strict=True))
+    equal = equal_lengths and all(takes(end, "min_tokens") for end in ends.values())
+    how: dict[str, Any] = {
+        "open_loop": open_loop,
+        "equal_lengths": equal,
+        "num_requests": num_requests,
+        "seed": seed,
+    }
+    load, *others = (
+        Load(prompts=texts, max_tokens=tokens, **how)
+        for texts, tokens in [(prompts, max_tokens), *((x.prompts, x.output_tokens) for x in shapes)]
+    )
+    requests = [len(load.asked(level)) for level in concurrency]
+    for end, other in itertools.product(ends.values(), others):  # one too long fails now, not in the end
+        measure(end, other.prompts[0], max_tokens=other.max_tokens)
+    sides = Sides(ends=ends, rounds=rounds, targets=targets, progress=progress)
+    measured = sides.measure(load, concurrency)
+    _check_gaps(measured.rounds)
     by_shape = []
-    for shape in shapes:
+    for shape, other in zip(shapes, others, strict=True):
         progress(f"{shape.input_tokens} tokens in, {shape.output_tokens} out")
-        load_of = Load(prompts=shape.prompts, max_tokens=shape.output_tokens, **how)
-        by_shape.append(shape_rows(shape, sides.measure(load_of, concurrency[:1])[0]))
-    lengths = "all of them" if equal_lengths else "or fewer"
+        by_shape.append(shape_rows(shape, sides.measure(other, concurrency[:1]).rounds))
+    lengths = "all of them" if equal else "or fewer"
     loop = "open loop (Poisson)" if open_loop else "closed loop"
     return assemble(
-        measured,
+        measured.rounds,
         method="through Triton",
-        how=f"{rounds} interleaved rounds a side and level (ABBA) of {len(prompts)} prompts, repeated "
-        f"until every client has two, {max_tokens} tokens each, {lengths}, greedy, {loop}, after "
-        f"{', '.join(map(str, warm_ups))} warm-up rounds.",
+        how=f"{rounds} interleaved rounds a side and level (ABBA) of {', '.join(map(str, requests))} "
+        f"requests with {len(prompts)} prompts, {max_tokens} tokens each, {lengths}, greedy, {loop}, after "
+        f"{', '.join(map(str, measured.warm_ups))} warm-up rounds.",
         settings={
-            **settings(prompts, max_tokens, concurrency, rounds, seed),
-            "requests": [load.requests(level) for level in concurrency],
+            **settings(prompts, requests, max_tokens, concurrency, rounds, seed),
             "load": "open" if open_loop else "closed",
-            "warm_up_rounds": warm_ups,
+            "equal_lengths": equal,
+            "warm_up_rounds": measured.warm_ups,
             "targets": None if targets is None else asdict(targets),
         },
-        notes=(*notes, *_cold(warm_ups)),
+        notes=(*notes, *_reservations(measured, equal_lengths and not equal)),
         baseline_facts=baseline_facts,
         candidate_facts=candidate_facts,
         quality=quality,
-        server_times=sides.server_times(),
+        server_times=measured.server_times,
         by_shape=by_shape,
     )
 
 
-def _cold(warm_ups: Sequence[int]) -> tuple[str, ...]:
-    if MOST_WARM_UPS not in warm_ups:
-        return ()
-    return (
-        f"Latency had not settled to within {STEADY:.0%} after {MOST_WARM_UPS} warm-up rounds: the machine "
-        "is noisy, or a server still warms up.",
-    )
+def _reservations(measured: Measured, lengths_refused: bool) -> Iterator[str]:
+    """What was not as it was to be."""
+    if lengths_refused:
+        yield "Answers end by themselves: a server takes no min_tokens."
+    if not all(measured.settled):
+        yield (
+            f"Latency had not settled to within {STEADY:.0%} after {MOST_WARM_UPS} warm-up rounds: the "
+            "machine is noisy, or a server still warms up."
+        )
+
+
+def _check_gaps(rounds: Sequence[AnyRound]) -> None:
+    """Inter-token latency decides; without two tokens an answer there is none."""
+    for side in SIDES:
+        if not all(r.samples("inter_token_ms") for r in rounds if r.side == side):
+            raise UserError(f"prompts: the {side} answers them with one token each; give other prompts")
 
 
 def assemble(
@@ -150,17 +183,17 @@ def assemble(
 
     levels = settings["concurrency"]
     metrics = [m for m in METRICS if all(r.samples(m) for r in rounds)]
-    samples = {side: _values(rounds, side, levels[0], "inter_token_ms") for side in SIDES}
+    samples = {side: _values(rounds, side, levels[0], "token_gap_ms") for side in SIDES}
     tools = any(isinstance(r, RecordedRound) for r in rounds)  # they tell a request's mean at best
     return Comparison(
         method=method,
         how=how,
         rows=tuple(row(rounds, metric, level) for level in levels for metric in metrics),
-        inter_token_ms={} if tools else samples,
+        token_gap_ms={} if tools else samples,
         notes=(
             *notes,
             *_backends(baseline_facts, candidate_facts),
-            *_notes(rounds),
+            *unequal(rounds),
         ),
         settings=settings,
         baseline_facts=baseline_facts,
@@ -184,22 +217,23 @@ def _versions() -> dict[str, str]:
 
 
 def settings(
-    prompts: Sequence[str], max_tokens: int, concurrency: Sequence[float], rounds: int, seed: int
+    prompts: Sequence[str],
+    requests: Sequence[int],
+    max_tokens: int,
+    concurrency: Sequence[float],
+    rounds: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """What was asked of both sides, for the report."""
+    """What was asked of both sides, for the report; `requests` of a round at each level."""
     return {
         "prompts": len(prompts),
-        "requests": [len(enough(prompts, int(level))) for level in concurrency],
+        "prompts_sha256": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+        "requests": list(requests),
         "max_tokens": max_tokens,
         "concurrency": list(concurrency),
         "rounds": rounds,
         "seed": seed,
     }
-
-
-def enough(prompts: Sequence[str], level: int) -> list[str]:
-    """The prompts of one round, again and again until every client has two: else fewer would be at work."""
-    return list(itertools.islice(itertools.cycle(prompts), max(len(prompts), 2 * level)))
 
 
 def _values(rounds: Sequence[AnyRound], side: str, level: float, metric: str) -> list[float]:
@@ -212,19 +246,3 @@ def _backends(*facts: dict[str, Any] | None) -> tuple[str, ...]:
     if first is None or second is None or first == second:
         return ()
     return (f"The sides ran in different backends, {first} and {second}: the ratio is of these too.",)
-
-
-def _notes(rounds: Sequence[AnyRound]) -> tuple[str, ...]:
-    """What keeps the two sides from having done equal work."""
-    lengths = {side: [x for r in rounds if r.side == side for x in r.lengths] for side in SIDES}
-    if sorted(lengths["baseline"]) == sorted(lengths["candidate"]):
-        return ()
-    means = {side: np.mean(lengths[side]) for side in SIDES}
-    unlike = ""
-    if len(lengths["baseline"]) == len(lengths["candidate"]):
-        share = np.mean([a != b for a, b in zip(*lengths.values(), strict=True)])
-        unlike = f"; {share:.0%} of the requests are of unlike length"
-    return (
-        f"Outputs differ in length: {means['baseline']:.1f} tokens a request from the baseline, "
-        f"{means['candidate']:.1f} from the candidate{unlike}. Request latency is not of equal work.",
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -18,14 +19,25 @@ from builder.storage import write_json
 from triton_repo.rounds import CALLED, SIDES
 
 METRICS = ("ttft_ms", "inter_token_ms", "latency_ms")
-SAME = ("prompts", "requests", "max_tokens", "concurrency", "load")  # of the settings
+SAME = (  # of the settings
+    "prompts_sha256",
+    "requests",
+    "input_tokens",
+    "max_tokens",
+    "concurrency",
+    "load",
+    "equal_lengths",
+)
+RATIO = "ratio"  # candidate / baseline: what happens to the machine between two runs happens to both
+
+Runs = dict[str, dict[str, Any]]  # by file name, the newest first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One side's metric now over that of the kept run, with its 99% interval (Welch's, of logarithms)."""
+    """A metric now over that of the kept run, with its 99% interval (Welch's, of logarithms)."""
 
-    side: str
+    side: str  # or `RATIO`
     metric: str
     concurrency: float
     ratio: float
@@ -43,25 +55,45 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Against:
-    """The run that was held against, and every change."""
+    """The run that was held against, every change, and packages that are of another version now."""
 
     file: str
     changes: tuple[Change, ...]
+    packages: tuple[str, ...] = ()
 
 
-def against_last(directory: Path, now: Mapping[str, Any]) -> Against | None:
-    """What changed since the newest run of the same hardware, method and settings; None without one.
-
-    `now` is `Comparison.to_dict`. Raises UserError on a file that is no run.
-    """
+def read(directory: Path) -> Runs:
+    """The kept runs. Raises UserError on a file that is no run, before anything is measured."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: not a directory; give --history another")
+    found = {}
     for file in sorted(directory.glob("*.json"), reverse=True):
         try:
-            then = json.loads(file.read_text(encoding="utf-8"))
-            if _key(then) == _key(now):
-                return Against(file=file.name, changes=tuple(_changes(then["rows"], now["rows"])))
+            found[file.name] = run = json.loads(file.read_text(encoding="utf-8"))
+            _key(run)
+            _changes(run["rows"], run["rows"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: no run of compare-latency ({error}); remove it") from None
-    return None
+            raise UserError(f"{file}: no run of compare-latency ({error!r}); remove it") from None
+    return found
+
+
+def against_last(kept: Runs, now: Mapping[str, Any]) -> Against | None:
+    """What changed since the newest run of the same hardware, method and settings; None without one.
+
+    `now` is `Comparison.to_dict`.
+    """
+    name = next((name for name, run in kept.items() if _key(run) == _key(now)), None)
+    if name is None:
+        return None
+    then = kept[name]
+    before, after = then.get("versions", {}), now.get("versions", {})
+    packages = [f"{x} {before.get(x)} to {after.get(x)}" for x in sorted({*before, *after})]
+    differ = [before.get(x) != after.get(x) for x in sorted({*before, *after})]
+    return Against(
+        file=name,
+        changes=tuple(_changes(then["rows"], now["rows"])),
+        packages=tuple(itertools.compress(packages, differ)),
+    )
 
 
 def _key(run: Mapping[str, Any]) -> Any:
@@ -78,10 +110,15 @@ def _changes(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
     for row in now:
         place = row["metric"], row["concurrency"]
         if row["metric"] in METRICS and place in before:
-            for side in SIDES:
-                values = [np.log(x[f"{side}_rounds"]) for x in (before[place], row)]
-                found.append(_change(side, *place, *values))
+            logs = [_logs(x) for x in (before[place], row)]
+            found += [_change(side, *place, *(x[side] for x in logs)) for side in (*SIDES, RATIO)]
     return found
+
+
+def _logs(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Of the median of each round."""
+    sides = {side: np.log(row[f"{side}_rounds"]) for side in SIDES}
+    return {**sides, RATIO: sides["candidate"] - sides["baseline"]}
 
 
 def _change(side: str, metric: str, level: float, before: np.ndarray, after: np.ndarray) -> Change:
@@ -109,6 +146,10 @@ def keep(directory: Path, now: Mapping[str, Any]) -> Path:
     while (file := directory / f"{stamp}-{number:02}.json").exists():
         number += 1
     partial = file.with_suffix(".partial")
-    write_json(partial, dict(now))
-    partial.rename(file)
+    try:
+        write_json(partial, now)
+        partial.rename(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return file

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from builder.errors import UserError
 from triton_repo.client import Endpoint, RequestTiming, measure
+
+ARRIVALS = 32  # of an open loop's round, at least: of a few, none would wait for another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,28 +23,29 @@ class Load:
 
     In an open loop requests come as a Poisson process does, whether the server keeps up or not, and their
     times count from when they were due: a server that falls behind is not spared those that it delays.
+    `equal_lengths` asks for all of `max_tokens`, with min_tokens.
     """
 
     prompts: Sequence[str]
     max_tokens: int
     open_loop: bool = False
     equal_lengths: bool = True
+    num_requests: int | None = None
     seed: int = 0
 
-    def requests(self, level: float) -> int:
-        """Of one round: each client has two at least."""
-        clients = 1 if self.open_loop else int(level)
-        return max(len(self.prompts), 2 * clients)
+    def asked(self, level: float) -> list[str]:
+        """The prompts of one round. Raises UserError where there are fewer than clients."""
+        if self.open_loop:
+            return enough(self.prompts, 1, self.num_requests or max(len(self.prompts), ARRIVALS))
+        return enough(self.prompts, int(level), self.num_requests)
 
     def run(self, endpoint: Endpoint, level: float, number: int) -> tuple[float, tuple[RequestTiming, ...]]:
         """One round: its seconds, and what each request took. Both sides' round of a number are alike.
 
         Raises UserError where a request fails.
         """
-        asked = list(itertools.islice(itertools.cycle(self.prompts), self.requests(level)))
-        sampling: dict[str, Any] = {}
-        if self.equal_lengths and "min_tokens" in endpoint.dialect.sampling:
-            sampling["min_tokens"] = self.max_tokens
+        asked = self.asked(level)
+        sampling: dict[str, Any] = {"min_tokens": self.max_tokens} if self.equal_lengths else {}
         begin = time.perf_counter()
         due = self._due(len(asked), level, number) if self.open_loop else [0.0] * len(asked)
 
@@ -59,3 +63,14 @@ class Load:
         random = np.random.default_rng((self.seed, max(0, number), int(1000 * rate)))
         gaps = random.exponential(1 / rate, count)
         return [float(x) for x in np.cumsum(gaps) - gaps[0]]
+
+
+def enough(prompts: Sequence[str], level: int, count: int | None = None) -> list[str]:
+    """The prompts again and again, `count` of them; by default until every client has two.
+
+    Raises UserError where fewer than `level` would be at work.
+    """
+    number = count or max(len(prompts), 2 * level)
+    if number < level:
+        raise UserError(f"num_requests: {number} cannot keep {level} in flight; give {2 * level} or more")
+    return list(itertools.islice(itertools.cycle(prompts), number))

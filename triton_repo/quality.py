@@ -11,16 +11,16 @@ from builder.compared import read
 from builder.evaluation import score, summarize
 from builder.text import read_samples
 
-SAMPLES, LENGTH = 64, 256
+SAMPLES, LENGTH = 64, 256  # of the text, and tokens of each
 
 
 def measure(baseline: Path, candidate: Path, data: Sequence[Path], seed: int) -> dict[str, Any]:
     """Perplexity of both, and the candidate's divergence from the baseline, with intervals."""
     both = read(candidate, baseline, None)
     architecture = both.child.architecture
-    length = min(256, architecture.max_position_embeddings)
+    length = min(LENGTH, architecture.max_position_embeddings)
     found = summarize(
-        score(both.child, read_samples(candidate, data, 64, length, architecture, seed), both.parent)
+        score(both.child, read_samples(candidate, data, SAMPLES, length, architecture, seed), both.parent)
     )
     assert found.parent_perplexity is not None, "there is a parent"
     assert found.kl is not None, "there is a parent"

@@ -122,13 +122,13 @@ def render(comparison: Comparison) -> str:
 
 
 def _client_ms(comparison: Comparison) -> dict[str, float]:
-    """Mean request latency of all requests that Triton counted too, by side."""
-    rows = [*comparison.rows, *(row for shape in comparison.by_shape for row in shape.rows)]
-    means = {}
-    for side in SIDES:
-        found = [getattr(row, side) for row in rows if row.metric == "latency_ms"]
-        means[side] = sum(x.mean * x.count for x in found) / sum(x.count for x in found)
-    return means
+    """Mean latency of all requests at all levels, which Triton counted too, by side."""
+    rows = [row for row in comparison.rows if row.metric == "latency_ms"]
+    sides = {side: [getattr(row, side) for row in rows] for side in SIDES}
+    return {
+        side: sum(x.mean * x.count for x in found) / sum(x.count for x in found)
+        for side, found in sides.items()
+    }
 
 
 def _ran(comparison: Comparison) -> list[tuple[str, str, str]]:

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from triton_repo.client import Endpoint
+from triton_repo.client import Endpoint, model_statistics
 
-Counts = dict[str, tuple[int, int, int]]  # requests, ns in the queue, ns of computing, by model
+PARTS = ("success", "queue", "compute_infer")  # of the statistics extension, in ns
+Counts = dict[str, tuple[int, ...]]  # by model: calls, and the ns of each part
 
 
 def read(endpoint: Endpoint) -> Counts | None:
-    """All models of a server, None where it does not tell.
+    """All models of a server, None where it does not tell. Raises UserError where the server is gone.
 
-    `queue` and `compute_infer` of the statistics extension. Of a model that streams, computing ends with the
-    call that takes the request, not with its last token.
+    A model behind one that streams is called once a response. `success` of an ensemble has the whole time of
+    its requests, to their last response; all times of the model that streams end with the call that takes
+    the request.
     """
     try:
-        with urllib.request.urlopen(
-            f"{endpoint.url}/v2/models/stats", timeout=endpoint.timeout_s
-        ) as response:
-            models = json.load(response)["model_stats"]
-        return {x["name"]: _counts(x["inference_stats"]) for x in models}
-    except (OSError, ValueError, KeyError, TypeError):
+        told = {x["name"]: _counts(x["inference_stats"]) for x in model_statistics(endpoint) or ()}
+    except (KeyError, TypeError):
         return None
+    return told or None
 
 
-def _counts(stats: Mapping[str, Any]) -> tuple[int, int, int]:
-    return stats["success"]["count"], stats["queue"]["ns"], stats["compute_infer"]["ns"]
+def _counts(stats: Mapping[str, Any]) -> tuple[int, ...]:
+    return stats["success"]["count"], *(stats[part]["ns"] for part in PARTS)
 
 
 class ServerTimes:
-    """The sums of one side over its rounds."""
+    """The sums of one side; enter it for each round."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -42,20 +39,26 @@ class ServerTimes:
     def __enter__(self) -> None:
         self._before = read(self.endpoint)
 
-    def __exit__(self, *error: object) -> None:
-        after = read(self.endpoint)
-        if self._before is None or after is None:
-            return
-        for name, counts in after.items():
-            before = self._before.get(name, (0, 0, 0))
-            known = self.sums.get(name, (0, 0, 0))
-            count, queue, compute = (k + a - b for k, a, b in zip(known, counts, before, strict=True))
-            self.sums[name] = count, queue, compute
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        after = None if self._before is None or kind is not None else read(self.endpoint)
+        none = (0,) * (1 + len(PARTS))
+        for name, counts in (after or {}).items():
+            three = (self.sums.get(name, none), counts, (self._before or {}).get(name, none))
+            self.sums[name] = tuple(k + a - b for k, a, b in zip(*three, strict=True))
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Milliseconds a request, by model."""
+        """By model: calls, and milliseconds a request; empty where the server does not tell."""
+        if self.endpoint.model not in self.sums:
+            return {}
+        requests = max(1, self.sums[self.endpoint.model][0])
         return {
-            name: {"requests": count, "queue_ms": queue / count / 1e6, "compute_ms": compute / count / 1e6}
-            for name, (count, queue, compute) in sorted(self.sums.items())
-            if count
+            name: {
+                "requests": requests,
+                "calls": calls,
+                "queue_ms": queue / requests / 1e6,
+                "compute_ms": compute / requests / 1e6,
+                "total_ms": total / requests / 1e6,
+            }
+            for name, (calls, total, queue, compute) in sorted(self.sums.items())
+            if calls
         }

@@ -8,12 +8,13 @@ from itertools import groupby
 from typing import Any
 
 from triton_repo.compare import Comparison
-from triton_repo.history import Change
+from triton_repo.history import RATIO, Change
 from triton_repo.rounds import SIDES, Ratio, Row
 
 SHORT = {
     "ttft_ms": "TTFT, ms",
     "inter_token_ms": "inter-token, ms",
+    "token_gap_ms": "token gap, ms",
     "latency_ms": "request, ms",
     "tokens_per_s": "tokens/s",
     "user_tokens_per_s": "tokens/s, one",
@@ -88,7 +89,7 @@ def headline(comparison: Comparison) -> str:
 
 def outliers(comparison: Comparison) -> str:
     """`14 of 4,032 times are outliers, and kept`, over all levels; empty where single times are not known."""
-    if not comparison.inter_token_ms:
+    if not comparison.token_gap_ms:
         return ""
     found = [getattr(row, side) for row in comparison.rows if row.metric in TIMES for side in SIDES]
     return (
@@ -103,16 +104,35 @@ def equal_work(comparison: Comparison) -> bool:
 
 def changed(comparison: Comparison) -> list[str]:
     """What differs from the kept run, a line each; that nothing does is a line as well."""
-    if comparison.against is None:
+    against = comparison.against
+    if against is None:
         return []
-    found = [x for x in comparison.against.changes if x.slower or x.faster]
+    found = [x for x in against.changes if x.slower or x.faster]
     lines = [
-        f"The {x.side} is {'slower' if x.slower else 'faster'} than in {comparison.against.file}: "
-        f"{short(x.metric)} at {at(comparison, x.concurrency)} {x.ratio:.2f} times "
-        f"[{x.low:.2f}, {x.high:.2f}]."
+        f"{_compared(x)} than in {against.file}: {short(x.metric)} at {at(comparison, x.concurrency)} "
+        f"{x.ratio:.2f} times [{x.low:.2f}, {x.high:.2f}]."
         for x in found
     ]
-    return lines or [f"No certain change since {comparison.against.file}."]
+    packages = [f"Since {against.file}: {', '.join(against.packages)}."] if against.packages else []
+    return [*(lines or [f"No certain change since {against.file}."]), *packages]
+
+
+def _compared(change: Change) -> str:
+    """`The candidate is slower`."""
+    if change.side == RATIO:
+        return f"The ratio candidate / baseline is {'larger' if change.slower else 'smaller'}"
+    return f"The {change.side} is {'slower' if change.slower else 'faster'}"
+
+
+def since(comparison: Comparison) -> str:
+    """What became of the ratio that decides, since the kept run."""
+    row = primary(comparison)
+    key = RATIO, row.metric, row.concurrency
+    changes = () if comparison.against is None else comparison.against.changes
+    found = next((x for x in changes if (x.side, x.metric, x.concurrency) == key), None)
+    if found is None:
+        return "not comparable"
+    return f"ratio {found.ratio:.2f} times" if found.slower or found.faster else "no certain change"
 
 
 def cost(comparison: Comparison) -> str:

@@ -8,22 +8,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import click
 
 from builder.errors import UserError
 from builder.options import DIRECTORY, JSON, emit
 from triton_repo.cli.compare_options import (
+    command_line,
     own_options,
     parse_concurrency,
     parse_lengths,
     quality_models,
     read_prompts,
 )
+from triton_repo.cli.compare_sides import elsewhere, endpoint, facts, is_url
 
 if TYPE_CHECKING:
-    from triton_repo.client import Endpoint
     from triton_repo.compare import Comparison
 
 TRITON, BENCH = "triton", "trtllm-bench"
@@ -33,7 +33,7 @@ OWN = ("rate", "slo", "natural_lengths", "lengths")  # of the built-in load gene
 QUALITY = ("data", "baseline_model", "candidate_model")
 ONLY = {
     TRITON: ("prompts", "model", "load_generator", *OWN, *QUALITY),
-    BENCH: ("input_tokens", "num_requests"),
+    BENCH: ("input_tokens",),
 }
 
 
@@ -73,7 +73,7 @@ ONLY = {
 @click.option(
     "--num-requests",
     type=click.IntRange(1),
-    help="Requests of a trtllm-bench round. Default: 32, or 4 times the concurrency.",
+    help="Of a round. Default: every prompt and two a client; --rate: 32; trtllm-bench: 32 or 4 a client.",
 )
 @click.option("--rate", help="Open loop: requests/s that come as they please, a list, for --concurrency.")
 @click.option("--slo", help="Count good requests/s: ttft=200,inter_token=30,latency=2000 in ms, some or all.")
@@ -109,15 +109,19 @@ def compare_latency(
     """
     from rich.console import Console
 
+    from triton_repo import history as kept_runs
     from triton_repo import report
 
     for name in ONLY[BENCH if via == TRITON else TRITON]:
         if options[name]:
             other = TRITON if via == BENCH else BENCH
             raise click.UsageError(f"--{name.replace('_', '-')} belongs to --via {other}")
+    if options["rate"] and options["concurrency"]:
+        raise click.UsageError("--rate is an open loop, --concurrency a closed one; give one of them")
     defaults = {name: value for name, value in DEFAULTS[via].items() if options[name] is None}
     options.update(defaults, concurrency=parse_concurrency(str({**options, **defaults}["concurrency"])))
     report.check_output(output)
+    kept = None if history is None else kept_runs.read(history)
     with ExitStack() as stack:
         runs = (
             stack.enter_context(_runs(output))
@@ -129,9 +133,14 @@ def compare_latency(
             comparison = _through_bench(stack, baseline, candidate, runs, **options)
         else:
             comparison = _through_triton(stack, baseline, candidate, runs, **options)
-        if history is not None:
-            comparison = _against(comparison, history)
+        command = command_line(click.get_current_context())
+        comparison = replace(comparison, settings={**comparison.settings, "command": command})
+        if kept is not None:
+            found = kept_runs.against_last(kept, comparison.to_dict())
+            comparison = replace(comparison, against=found)
         report.write_report(comparison, output, runs)
+    if history is not None:
+        kept_runs.keep(history, comparison.to_dict())
     if as_json:
         emit(comparison.to_dict(), True, "")
         return
@@ -150,7 +159,6 @@ def _through_triton(
     model: str | None,
     load_generator: str | None,
     input_tokens: int | None,
-    num_requests: int | None,
     rate: str | None,
     slo: str | None,
     natural_lengths: bool | None,
@@ -166,7 +174,7 @@ def _through_triton(
     own = own_options(load_generator, rate, slo, natural_lengths, lengths)
     options |= own
     models = quality_models(data, baseline_model, candidate_model)
-    if model is not None and not (_is_url(baseline) or _is_url(candidate)):
+    if model is not None and not (is_url(baseline) or is_url(candidate)):
         raise click.UsageError("--model is for URLs; engines are served as ensemble")
     options["prompts"] = read_prompts(prompts) if prompts else list(compare.DEFAULT_PROMPTS)
     if load_generator == "aiperf":
@@ -177,23 +185,16 @@ def _through_triton(
         if tokenizer is None:
             raise click.UsageError("--lengths needs --tokenizer DIR")
         options["shapes"] = shapes.make(parse_lengths(lengths), options["prompts"], tokenizer)
-    ends = [_endpoint(stack, given, tokenizer, model) for given in (baseline, candidate)]
-    options.update(_facts(baseline, candidate), notes=_elsewhere(baseline, candidate))
+    options.update(facts(baseline, candidate), notes=elsewhere(baseline, candidate))
+    if tokenizer is None and not (is_url(baseline) and is_url(candidate)):
+        raise click.UsageError("engines need --tokenizer DIR")
     quality = None if models is None else measure(*models, data, options["seed"])
+    ends = [endpoint(stack, given, tokenizer, model) for given in (baseline, candidate)]
     options.update(progress=_progress(stack, "warming up"))
     if runs is None:
         return compare.compare(*ends, quality=quality, **options)
     assert tokenizer is not None, "checked above"
     return replace(aiperf.compare(*ends, tokenizer=tokenizer, runs=runs, **options), quality=quality)
-
-
-def _against(comparison: Comparison, history: Path) -> Comparison:
-    """The comparison with what changed since the last of its kind; it is kept for the next."""
-    from triton_repo.history import against_last, keep
-
-    found = replace(comparison, against=against_last(history, comparison.to_dict()))
-    keep(history, found.to_dict())
-    return found
 
 
 def _through_bench(
@@ -219,7 +220,7 @@ def _through_bench(
 
     assert runs is not None, "made by the command"
     for given in (baseline, candidate):
-        if _is_url(given):
+        if is_url(given):
             raise UserError(f"{given}: --via trtllm-bench takes engine directories; leave --via out for URLs")
     return compare_engines(
         Path(baseline),
@@ -227,7 +228,7 @@ def _through_bench(
         runs=runs,
         input_tokens=input_tokens or 128,
         progress=_progress(stack, "loading engines"),
-        **_facts(baseline, candidate),
+        **facts(baseline, candidate),
         **options,
     )
 
@@ -253,50 +254,3 @@ def _progress(stack: ExitStack, text: str) -> Any:
     from rich.console import Console
 
     return stack.enter_context(Console(stderr=True).status(text)).update
-
-
-def _facts(*given: str) -> dict[str, Any]:
-    """What is known of both sides: of an engine all that its manifest says, of a URL itself."""
-    return dict(zip(("baseline_facts", "candidate_facts"), map(_side, given), strict=True))
-
-
-def _side(given: str) -> dict[str, Any]:
-    from triton_repo.client import server_facts
-    from triton_repo.facts import of_engine
-
-    return server_facts(given) if _is_url(given) else of_engine(Path(given))
-
-
-def _elsewhere(*given: str) -> tuple[str, ...]:
-    """The report names the machine that measured; servers may run on another."""
-    hosts = {urlsplit(text).hostname or "" for text in given if _is_url(text)}
-    if all(host in ("localhost", "::1") or host.startswith("127.") for host in hosts):
-        return ()
-    return ("The servers run on other machines: processor, GPUs and packages told below are the client's.",)
-
-
-def _is_url(given: str) -> bool:
-    return given.startswith(("http://", "https://"))
-
-
-def _endpoint(stack: ExitStack, given: str, tokenizer: Path | None, model: str | None) -> Endpoint:
-    """A running endpoint: the URL given, or a server started for the embedded engine given."""
-    import tempfile
-
-    from engines import manifest
-    from triton_repo.client import Endpoint, discover
-    from triton_repo.repository import write_repository
-    from triton_repo.server import Server
-
-    if _is_url(given):
-        return discover(given, model)
-    backend = manifest.read(Path(given)).backend
-    if backend != "embedded":
-        raise UserError(
-            f"{given}: backend {backend}; serve it (deploy) and give the server's URL, or add --via {BENCH}"
-        )
-    if tokenizer is None:
-        raise click.UsageError("engines need --tokenizer DIR")
-    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    write_repository(Path(given), tokenizer, scratch / "repository")
-    return Endpoint(stack.enter_context(Server(scratch / "repository")).url)

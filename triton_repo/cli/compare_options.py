@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from builder.errors import UserError
 
 if TYPE_CHECKING:
     from triton_repo.rounds import Targets
+
+
+def command_line(context: click.Context) -> str:
+    """What was asked for, as a command to run again."""
+    words = ["ffn-fusion", "compare-latency"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        if isinstance(parameter, click.Argument):
+            words.append(value)
+        elif isinstance(parameter, click.Option) and parameter.is_flag:
+            words.append(parameter.opts[-1])
+        else:
+            words += [
+                w for x in (value if parameter.multiple else [value]) for w in (parameter.opts[-1], str(x))
+            ]
+    return shlex.join(words)
 
 
 def own_options(

@@ -51,7 +51,10 @@ def preprocessing(
 
 
 def postprocessing(tokenizer: Path, *, max_batch_size: int = 1, instances: int = 1) -> Model:
-    """Tokens to text. PREFIX_IDS are tokens before the new ones, FINAL says that none follow."""
+    """Tokens to text. PREFIX_IDS are tokens before the new ones, FINAL says that none follow.
+
+    By its TICKET tensorrt_llm is told to stop a request whose client has gone.
+    """
     return Model(
         name="postprocessing",
         max_batch_size=max_batch_size,
@@ -61,10 +64,11 @@ def postprocessing(tokenizer: Path, *, max_batch_size: int = 1, instances: int =
             Tensor(name="SEQUENCE_LENGTH", data_type="INT32", dims=(-1,)),
             Tensor(name="PREFIX_IDS", data_type="INT32", dims=(-1,), optional=True),
             Tensor(name="FINAL", data_type="BOOL", optional=True),
+            Tensor(name="TICKET", data_type="INT64", optional=True),
         ),
         outputs=(Tensor(name="OUTPUT", data_type="STRING", dims=(-1,)),),
         parameters={"tokenizer_dir": str(tokenizer), "skip_special_tokens": "true"},
-        code=("postprocessing.py",),
+        code=("postprocessing.py", "cancellation.py"),
     )
 
 
@@ -85,7 +89,7 @@ TEXT_OUTPUT = Tensor(name="text_output", data_type="STRING", dims=(-1,))
 def ensemble(tensorrt_llm: Model) -> Model:
     """Text to text as a graph of the three models."""
     adapters, answers = _adapters(tensorrt_llm), _answers(tensorrt_llm)
-    own = {"prefix_ids": "PREFIX_IDS", "final": "FINAL"}  # outputs that the embedded engine has more
+    own = {"prefix_ids": "PREFIX_IDS", "final": "FINAL", "ticket": "TICKET"}  # of the embedded engine alone
     extra = {t.name: own[t.name] for t in tensorrt_llm.outputs if t.name in own}
     return Model(
         name="ensemble",

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,7 +99,7 @@ class Said:
         self.cum_log_prob = output.cum_log_prob
 
 
-def response(said: Said, new: int, final: bool, names: set[str]):
+def response(said: Said, new: int, final: bool, names: set[str], ticket: int):
     """The last `new` tokens, and what postprocessing needs to turn them into text.
 
     Log-probabilities are of all tokens so far, in streams too, as TensorRT-LLM answers them.
@@ -113,6 +114,7 @@ def response(said: Said, new: int, final: bool, names: set[str]):
         "sequence_length": np.array([[len(tokens)]], np.int32),
         "prefix_ids": np.array([before or [-1]], np.int32),
         "final": np.array([[final]], bool),
+        "ticket": np.array([[ticket]], np.int64),
     }
     if said.cum_log_prob is not None:
         values["output_log_probs"] = np.array(said.log_probs, np.float32).reshape(1, 1, -1)
@@ -122,11 +124,12 @@ def response(said: Said, new: int, final: bool, names: set[str]):
 
 
 class Running:
-    """A request at work, until it ends or somebody stops it."""
+    """A request at work, until it ends or somebody stops it: by its `ticket`, which nobody can guess."""
 
     def __init__(self, outputs, sender, streaming: bool, names: set[str]) -> None:
         self.outputs, self.sender, self.streaming, self.names = outputs, sender, streaming, names
         self.stopped = False
+        self.ticket = secrets.randbits(63)
 
     def stop(self) -> None:
         self.stopped = True
@@ -139,11 +142,14 @@ class Running:
             said.add(output)
             if self.streaming:
                 final = output.finish_reason is not None
-                self.sender.send(response(said, len(output.token_ids), final, self.names))
+                self.send(said, len(output.token_ids), final)
         if self.stopped:
             raise Cancelled
         if not self.streaming:
-            self.sender.send(response(said, len(said.tokens), True, self.names))
+            self.send(said, len(said.tokens), True)
+
+    def send(self, said: Said, new: int, final: bool) -> None:
+        self.sender.send(response(said, new, final, self.names, self.ticket))
 
 
 class Cancelled(Exception):  # noqa: N818  (nobody's error)
@@ -159,7 +165,7 @@ class TritonPythonModel:
         self.threads = ThreadPoolExecutor(self.places)
         self.running: set[Running] = set()
         self.watcher = Watcher()
-        self.by_id: dict[str, Running] = {}
+        self.by_name: dict[str | int, Running] = {}  # a request's id, and its ticket
 
     def open_session(self, engine: Path) -> Session:
         hosts = os.environ.get(HOSTS)
@@ -174,7 +180,7 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             if value(request, "stop"):
-                self.stop(request.request_id())
+                self.stop(value(request, "ticket") or request.request_id())
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 continue
             if len(self.running) >= self.places:
@@ -188,8 +194,7 @@ class TritonPythonModel:
             names = set(request.requested_output_names())
             running = Running(outputs, sender, bool(value(request, "streaming")), names)
             self.running.add(running)
-            if request.request_id():
-                self.by_id[request.request_id()] = running
+            self.by_name |= {running.ticket: running, request.request_id(): running}
             self.threads.submit(self.run, running, request.request_id())
 
     def full(self):
@@ -204,10 +209,10 @@ class TritonPythonModel:
         """The outputs of a request, step by step."""
         return self.session.generate(engine_request(request))
 
-    def stop(self, request_id: str) -> None:
-        """End the request of that id: what TensorRT-LLM's backend does for the input `stop`."""
-        running = self.by_id.get(request_id)
-        if running is not None:
+    def stop(self, name: str | int) -> None:
+        """End the request of that id or ticket: what TensorRT-LLM's backend does for the input `stop`."""
+        running = self.by_name.get(name)
+        if running is not None and name:
             running.stop()
 
     def run(self, running: Running, request_id: str) -> None:
@@ -222,8 +227,9 @@ class TritonPythonModel:
         finally:
             self.running.discard(running)
             self.watcher.forget(key)
-            if self.by_id.get(request_id) is running:
-                del self.by_id[request_id]
+            for name in (running.ticket, request_id):
+                if self.by_name.get(name) is running:
+                    del self.by_name[name]
         if error is not None:
             self.fail(running.sender, error)
         else:

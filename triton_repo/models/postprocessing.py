@@ -3,14 +3,20 @@
 What came before a piece is said by the caller (PREFIX_IDS, FINAL: the embedded engine and the BLS model do),
 or remembered by a request id that says it is a stream's, which an ensemble hands on. Without either each
 piece is decoded alone.
+
+A client that goes in the middle of a stream is seen here first: tensorrt_llm is told to stop its request, by
+the ticket it gave, or the request's id.
 """
 
+import collections
+import contextlib
 import json
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from cancellation import Streams
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -71,6 +77,22 @@ def required(request, name: str) -> np.ndarray:
     return tensor.as_numpy()
 
 
+def stop(name: int | str) -> None:
+    """End a request of tensorrt_llm: a request with the input `stop`, answered by its end."""
+    zero = np.zeros((1, 1), np.int32)
+    values = dict.fromkeys(("input_ids", "input_lengths", "request_output_len"), zero)
+    values["stop"] = np.ones((1, 1), np.bool_)
+    if isinstance(name, int):
+        values["ticket"] = np.array([[name]], np.int64)
+    request = pb_utils.InferenceRequest(
+        model_name="tensorrt_llm",
+        inputs=[pb_utils.Tensor(key, value) for key, value in values.items()],
+        requested_output_names=["output_ids", "sequence_length"],
+        request_id=name if isinstance(name, str) else "",
+    )
+    collections.deque(request.exec(decoupled=True), maxlen=0)  # to its end
+
+
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
@@ -78,6 +100,7 @@ class TritonPythonModel:
         self.skip = parameters["skip_special_tokens"]["string_value"] == "true"
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.memory = Memory(self.decode)
+        self.streams = Streams()
 
     def decode(self, ids: list[int]) -> str:
         try:
@@ -86,6 +109,12 @@ class TritonPythonModel:
             raise ValueError("TOKENS_BATCH: a token is negative; send those of the engine") from None
 
     def execute(self, requests: list) -> list:
+        for request in requests:
+            ticket = pb_utils.get_input_tensor_by_name(request, "TICKET")
+            name = request.request_id() if ticket is None else ticket.as_numpy().flat[0].item()
+            if name and self.streams.gone(name, request):
+                with contextlib.suppress(pb_utils.TritonModelException):  # it has died
+                    stop(name)
         return [self.respond(request) for request in requests]
 
     def respond(self, request):
