@@ -5,8 +5,8 @@
 The demo's parent, its attention dropped from layers 6-13 and its FFNs fused, on the embedded engine at TP 2.
 Each client streams one prompt after the other, short and long ones in a shuffled order. Greedy, so every
 prompt has one answer, which is asked for before the load; a stream that differs from it is counted. Memory
-is the proportional set size of the server, its stubs and ranks; its slope is Theil and Sen's over all
-samples but the first fifth, with a 95% interval.
+is the proportional set size of the server, its stubs and ranks; slopes are Theil and Sen's over all samples
+of the second half, with 95% intervals.
 """
 
 from __future__ import annotations
@@ -41,6 +41,13 @@ from triton_repo.server import Server
 DROPPED = tuple(range(6, 14))
 TP_SIZE, MAX_BATCH_SIZE, MAX_INPUT_LEN, MAX_SEQ_LEN = 2, 16, 512, 640
 PERIOD_S = 2.0  # between samples of memory
+PARTS = {  # of command lines
+    "tritonserver": "bin/tritonserver",
+    "preprocessing": "preprocessing/1/model.py",
+    "tensorrt_llm": "tensorrt_llm/1/model.py",
+    "postprocessing": "postprocessing/1/model.py",
+    "ranks": "engines.embedded.worker",
+}
 CHARACTERS = (30, 120, 400, 900)  # of the prompts
 MAX_TOKENS = (8, 16, 32, 64)
 
@@ -56,12 +63,12 @@ class Question:
 
 @dataclass
 class Load:
-    """What the clients saw, and the memory in MB by seconds."""
+    """What the clients saw, and at which second how many MB the processes had."""
 
     timings: list[RequestTiming] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     mixed: int = 0
-    memory: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
 
 def questions(endpoint: Endpoint) -> list[Question]:
@@ -88,16 +95,19 @@ def client(number: int, endpoint: Endpoint, asked: list[Question], end: float, l
         load.mixed += timing.text != question.answer
 
 
-def memory_mb() -> float:
-    """Proportional set size of all processes below this one."""
-    total = 0
+def memory_mb() -> dict[str, float]:
+    """Proportional set size of the processes below this one, by `PARTS`."""
+    found = dict.fromkeys(PARTS, 0.0)
     for pid in descendants(os.getpid()):
         try:
+            command = Path(f"/proc/{pid}/cmdline").read_text()
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:  # ended meanwhile
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
+        part = next((name for name, words in PARTS.items() if words in command), None)
+        if part is not None:
+            found[part] += sum(int(x.split()[1]) for x in lines if x.startswith("Pss:")) / 1024
+    return found
 
 
 def run(endpoint: Endpoint, clients: int, seconds: float) -> Load:
@@ -140,8 +150,6 @@ def percentiles(values: Iterator[float]) -> dict[str, float]:
 
 def summary(load: Load, clients: int, seconds: float) -> dict:
     """The figures of a load."""
-    times, mb = np.array([x for x in load.memory if x[0] > seconds / 5]).T
-    slope, _, low, high = theilslopes(mb, times / 3600)
     tokens = sum(x.num_chunks for x in load.timings)
     return {
         "clients": clients,
@@ -154,11 +162,22 @@ def summary(load: Load, clients: int, seconds: float) -> dict:
         "streams_that_differ": load.mixed,
         "ttft_ms": percentiles(x.ttft_s for x in load.timings),
         "inter_token_ms": percentiles(gap for x in load.timings for gap in x.inter_token_s),
-        "memory_mb": {
-            "after_a_fifth": round(float(np.median(mb[:10])), 1),
-            "at_the_end": round(float(np.median(mb[-10:])), 1),
-            "mb_per_hour": [round(float(x), 2) for x in (slope, low, high)],
+        "memory": {
+            "all": memory(load, seconds, tuple(PARTS)),
+            **{name: memory(load, seconds, (name,)) for name in PARTS},
         },
+    }
+
+
+def memory(load: Load, seconds: float, names: tuple[str, ...]) -> dict:
+    """MB at half time and at the end, and how many more an hour with its interval."""
+    samples = [(when, sum(mb[name] for name in names)) for when, mb in load.memory if when > seconds / 2]
+    times, mb = np.array(samples).T
+    slope, _, low, high = theilslopes(mb, times / 3600)
+    return {
+        "half_time_mb": round(float(np.median(mb[:10])), 1),
+        "end_mb": round(float(np.median(mb[-10:])), 1),
+        "mb_per_hour": [round(float(x), 2) for x in (slope, low, high)],
     }
 
 
