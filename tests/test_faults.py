@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -306,12 +307,15 @@ def test_a_killed_supervisor_takes_its_server_with_it(machine: Machine) -> None:
     assert not list(SHM.glob(f"ffn-fusion-*-{told['pid']}-*"))
 
 
-def test_a_server_that_hangs_is_started_again(repository: Path) -> None:
-    """A slow answer alone is that of a busy one: here not even the front end says that it lives."""
+@pytest.mark.parametrize("words", ["bin/tritonserver", "preprocessing/1/model.py"])
+def test_a_server_that_hangs_is_started_again(repository: Path, words: str) -> None:
+    """A slow answer alone is that of a busy one: here the front end does not say that it lives, or a model
+    works at nothing."""
     told: list[str] = []
     with Server(repository, grace_s=0) as server:
         expected = generate(Endpoint(server.url), PROMPT, max_tokens=5)
-        stopped = server.pid
+        before = server.pid
+        (stopped,) = [pid for pid in (before, *descendants(before)) if words in command(pid).split(" --")[0]]
         os.kill(stopped, signal.SIGSTOP)
         dog = Watchdog(
             server=server,
@@ -324,20 +328,37 @@ def test_a_server_that_hangs_is_started_again(repository: Path) -> None:
             dog.look()
         assert "did not answer in time" in told[0]
         assert told[0].endswith("; starting the server again")
-        assert server.pid != stopped
+        assert server.pid != before
+        assert not start_time(stopped)
         assert generate(Endpoint(server.url), PROMPT, max_tokens=5) == expected
 
 
-def test_full_shared_memory(machine: Machine, tmp_path: Path) -> None:
-    """In a mount namespace of its own, with 16 MB."""
-    mount = "mount -t tmpfs -o size=16m tmpfs /dev/shm"
-    serve = f"{sys.executable} -m ffn_fusion deploy {machine.repository} --serve --http-port 0"
-    line = ["unshare", "--mount", "sh", "-c", f"{mount} && exec {serve}"]
-    told = subprocess.run(line, env=machine.environment, capture_output=True, text=True, timeout=60)
+def with_shared_memory(size: str, *command: object) -> subprocess.CompletedProcess[str]:
+    """Run in a mount namespace of its own; skips where the machine allows none."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs {SHM} && exec {shlex.join(map(str, command))}"
+    line = ["unshare", "--mount", "sh", "-c", mount]
+    told = subprocess.run(line, capture_output=True, text=True, timeout=60)
     if "unshare" in told.stderr or "mount" in told.stderr:
         pytest.skip(f"no mount namespace here: {told.stderr.strip()}")
+    return told
+
+
+def test_full_shared_memory(repository: Path) -> None:
+    serve = ("-m", "ffn_fusion", "deploy", repository, "--serve", "--http-port", 0)
+    told = with_shared_memory("16m", sys.executable, *serve)
     assert told.returncode == 1
     assert "/dev/shm: 16 MB are free, Triton's models need 64" in told.stderr
+
+
+def test_shared_memory_that_fills_up_while_it_serves(repository: Path) -> None:
+    """What needs more is refused, the rest goes on."""
+    script = Path(__file__).with_name("filled_memory.py")
+    told = with_shared_memory("200m", sys.executable, script, repository)
+    assert told.returncode == 0, told.stderr
+    full, free = told.stdout.splitlines()
+    assert full.startswith("full: http://127.0.0.1")
+    assert "Failed to increase the shared memory pool size" in full
+    assert "text_input: " in free
 
 
 @pytest.mark.parametrize(

@@ -190,8 +190,11 @@ def test_model_files_have_the_tables_of_the_configs(monkeypatch: pytest.MonkeyPa
     """They are copied where this package may not be installed, so they repeat what they need."""
     stub = types.ModuleType("triton_python_backend_utils")
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stub)
+    import triton_repo.models
     from triton_repo import tensors
     from triton_repo.flavours import llmapi
+
+    monkeypatch.syspath_prepend(triton_repo.models.__path__[0])  # they lie beside each other in a repository
     from triton_repo.models import llmapi as llmapi_model
     from triton_repo.models import tensorrt_llm_bls as bls
 

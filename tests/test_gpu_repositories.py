@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -257,6 +259,17 @@ def test_llm_api_gives_the_engines_text(llmapi: Server, expected: str) -> None:
     pieces = list(stream(end, PROMPT, max_tokens=60))
     assert len(pieces) > 40
     assert "".join(pieces) == expected
+
+
+@pytest.mark.parametrize("model", ["ensemble", BLS, LLMAPI.model])
+def test_unknown_fields_are_refused(server: Server, llmapi: Server, model: str) -> None:
+    known = {"sampling_param_max_tokens": 3} if model == LLMAPI.model else {"max_tokens": 3}
+    body = {"text_input": PROMPT, **known, "streem": True}
+    url = f"{(llmapi if model == LLMAPI.model else server).url}/v2/models/{model}/generate"
+    with pytest.raises(urllib.error.HTTPError) as told:
+        urllib.request.urlopen(url, json.dumps(body).encode())
+    assert told.value.code == 400
+    assert re.search("streem: no such field; did you mean stream(ing)?", told.value.read().decode())
 
 
 def test_llm_api_samples_stops_and_refuses(llmapi: Server, tiny_engine: Path, tiny_hf: Path) -> None:

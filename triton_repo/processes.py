@@ -41,6 +41,18 @@ def descendants(root: int) -> dict[int, str]:
         family |= more
 
 
+def cpu_s(root: int) -> float:
+    """Processor time that `root` and the processes below it have used."""
+    ticks = 0
+    for pid in (root, *descendants(root)):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:  # ended meanwhile
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def end_all(family: dict[int, str], grace_s: float = 10.0) -> None:
     """Wait for `family` to end by itself, then kill what remains of it."""
     deadline = time.monotonic() + grace_s

@@ -6,7 +6,7 @@ encoders, images, cross attention, prompt tables, and embedding biases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from triton_repo.pbtxt import Tensor
 
@@ -97,6 +97,11 @@ def client_inputs() -> tuple[Tensor, ...]:
         Tensor(name="max_tokens", data_type="INT32"),
         *optional_tensors(optional),
     )
+
+
+def fields(inputs: Sequence[Tensor]) -> dict[str, str]:
+    """The parameter by which a model knows what a client may send; Triton itself drops the rest."""
+    return {"fields": ",".join(tensor.name for tensor in inputs)}
 
 
 def optional_tensors(table: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[Tensor, ...]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 from builder.errors import UserError
 from triton_repo.front import Front
+from triton_repo.processes import cpu_s
 from triton_repo.registry import State
 from triton_repo.server import Server
 
+IDLE = 0.05  # of one core; seen 0.01
 DEAD = ("the engine died", "no step has ended", "is not healthy", "not ready", "unknown model", "not found")
 
 
@@ -23,8 +25,8 @@ class Watchdog:
     """Asks for one token every `period_s` seconds; `tell` gets a line for what happens, and the state then.
 
     After `tries` repairs within `window_s` seconds it gives up. A model that takes longer than `patience_s`
-    is busy, and so is one with a full queue: an engine that hangs ends itself. A tritonserver hangs that has
-    not even said that it lives for `silence_s` seconds.
+    is busy, and so is one with a full queue. A server hangs that for `silence_s` seconds has not said that
+    it lives, or has given no token and done nothing either: the processor's time of all its processes tells.
     """
 
     server: Server
@@ -37,6 +39,7 @@ class Watchdog:
     window_s: float = 600.0
     repairs: deque[float] = field(default_factory=deque)
     heard: float = field(default_factory=time.monotonic)
+    used: tuple[float, float] = (0.0, 0.0)  # when, and how much time of the processor until then
 
     def run(self) -> None:
         """Until interrupted. Raises UserError with the last words where too many repairs did not help."""
@@ -59,9 +62,15 @@ class Watchdog:
             self._repair(f"openai: ended with {self.front.exit_code}", "starting it", self.front.start)
 
     def _silent(self) -> bool:
-        if self.server.answers(self.patience_s):
+        if self.server.answers(self.patience_s) and self._works():
             self.heard = time.monotonic()
         return time.monotonic() - self.heard > self.silence_s
+
+    def _works(self) -> bool:
+        """Whether it has used more of a processor than an idle server does, since this was asked last."""
+        before, self.used = self.used, (time.monotonic(), cpu_s(self.server.pid))
+        passed, used = (now - then for now, then in zip(self.used, before, strict=True))
+        return used > IDLE * passed
 
     def _repair(self, why: str, what: str, repair: Callable[[], None]) -> None:
         now = time.monotonic()

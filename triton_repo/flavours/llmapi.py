@@ -18,7 +18,7 @@ from engines.trtllm.serving import CONFIG
 from triton_repo.facts import FACTS, facts_text
 from triton_repo.options import DeployOptions, gpu_ids_text
 from triton_repo.pbtxt import Model, Tensor
-from triton_repo.tensors import TTFT_BUCKETS_MS, optional_tensors
+from triton_repo.tensors import TTFT_BUCKETS_MS, fields, optional_tensors
 
 MODEL_YAML = "model.yaml"
 SAMPLING = {
@@ -42,17 +42,18 @@ DRAFT_LEN = 5  # tokens drafted at a time
 def tensorrt_llm(manifest: Manifest, options: DeployOptions) -> Model:
     """The one model. Text is a list of one prompt: there is no batch dimension."""
     sampling = {f"sampling_param_{name}": (kind, (1,)) for name, kind in SAMPLING.items()}
+    inputs = (
+        Tensor(name="text_input", data_type="STRING", dims=(-1,)),
+        *optional_tensors(sampling),
+        *optional_tensors({"sampling_param_stop": ("STRING", (-1,))}),
+        *optional_tensors(dict.fromkeys(SWITCHES, ("BOOL", (1,)))),
+    )
     return Model(
         name="tensorrt_llm",
         max_batch_size=0,
         instances=options.instances,
         decoupled=True,
-        inputs=(
-            Tensor(name="text_input", data_type="STRING", dims=(-1,)),
-            *optional_tensors(sampling),
-            *optional_tensors({"sampling_param_stop": ("STRING", (-1,))}),
-            *optional_tensors(dict.fromkeys(SWITCHES, ("BOOL", (1,)))),
-        ),
+        inputs=inputs,
         outputs=(
             *(Tensor(name=name, data_type=kind, dims=(-1,)) for name, kind in OUTPUTS.items()),
             Tensor(name="cumulative_logprob", data_type="FP32", dims=(-1,)),
@@ -60,8 +61,9 @@ def tensorrt_llm(manifest: Manifest, options: DeployOptions) -> Model:
         parameters={
             **({"gpu_device_ids": gpu_ids_text(options.gpu_ids)} if options.gpu_ids else {}),
             FACTS: facts_text(manifest),
+            **fields(inputs),
         },
-        code=("llmapi.py",),
+        code=("llmapi.py", "limits.py"),
         ttft_buckets_ms=TTFT_BUCKETS_MS,
     )
 

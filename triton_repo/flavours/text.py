@@ -13,6 +13,7 @@ from triton_repo.tensors import (
     SAMPLING,
     WORDS,
     client_inputs,
+    fields,
     optional_tensors,
 )
 
@@ -44,7 +45,7 @@ def preprocessing(
             "tokenizer_dir": str(tokenizer),
             "add_special_tokens": "true",
             "max_input_len": str(max_input_len),
-            "fields": ",".join(tensor.name for tensor in client_inputs()),
+            **fields(client_inputs()),
         },
         code=("preprocessing.py", "limits.py"),
     )
@@ -138,17 +139,19 @@ def tensorrt_llm_bls(tensorrt_llm: Model, *, instances: int, num_draft_tokens: i
 
     Each of `instances` is a process and does one request at a time.
     """
+    inputs = (*client_inputs(), *_adapters(tensorrt_llm), *optional_tensors(DRAFT))
     return Model(
         name="tensorrt_llm_bls",
         max_batch_size=tensorrt_llm.max_batch_size,
         decoupled=tensorrt_llm.decoupled,
         instances=instances,
-        inputs=(*client_inputs(), *_adapters(tensorrt_llm), *optional_tensors(DRAFT)),
+        inputs=inputs,
         outputs=(TEXT_OUTPUT, *_answers(tensorrt_llm)),
         parameters={
             "tensorrt_llm_model_name": tensorrt_llm.name,
             "tensorrt_llm_draft_model_name": "tensorrt_llm_draft" if num_draft_tokens else "",
             "num_draft_tokens": str(num_draft_tokens),
+            **fields(inputs),
         },
-        code=("tensorrt_llm_bls.py",),
+        code=("tensorrt_llm_bls.py", "limits.py"),
     )

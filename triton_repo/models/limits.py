@@ -18,8 +18,15 @@ def refusal(text: str, code: int | None = None):
     return pb_utils.InferenceResponse(error=error)
 
 
-def check_fields(request, known) -> None:
-    """Raise ValueError for a field that no model would see: `known` are those that one does."""
+def known_fields(config: dict) -> list[str]:
+    """The parameter `fields` of a model's configuration: what a client may send."""
+    return [name for name in config["parameters"]["fields"]["string_value"].split(",") if name]
+
+
+def check_fields(request, known: list[str]) -> None:
+    """Raise ValueError for a field that is not among those that a model sees; no `known` ones allow all."""
+    if not known:
+        return
     for name in json.loads(request.parameters() or "{}"):
         if name in TRITONS or name.startswith(SWITCHES):
             continue

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 import yaml
+from limits import check_fields, known_fields
 
 SAMPLING = (
     "best_of",
@@ -67,7 +68,9 @@ def choose_gpus(args: dict, config: dict) -> None:
 
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
-        choose_gpus(args, json.loads(args["model_config"]))
+        config = json.loads(args["model_config"])
+        choose_gpus(args, config)
+        self.fields = known_fields(config)
         for name in [name for name in os.environ if MPI_JOB.match(name)]:
             del os.environ[name]
         file = Path(args["model_repository"]) / args["model_version"] / "model.yaml"
@@ -105,6 +108,7 @@ class TritonPythonModel:
 
     def asked(self, request) -> dict:
         """Prompt, sampling and what to answer. Raises ValueError for what cannot be."""
+        check_fields(request, self.fields)
         prompts = texts(request, "text_input")
         if len(prompts) != 1 or not prompts[0]:
             raise ValueError(f"text_input: {len(prompts)} prompts or an empty one; send one a request")

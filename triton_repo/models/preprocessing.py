@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from limits import PromptLimit, check_fields, check_words, refusal
+from limits import PromptLimit, check_fields, check_words, known_fields, refusal
 from tokenizers import Tokenizer
 
 FIELDS = {"QUERY": "text_input", "STOP_WORDS_DICT": "stop_words", "BAD_WORDS_DICT": "bad_words"}
@@ -43,13 +43,14 @@ def number(request, name: str, default: int) -> np.ndarray:
 
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
+        config = json.loads(args["model_config"])
+        parameters = config["parameters"]
         directory = Path(parameters["tokenizer_dir"]["string_value"])
         self.special = parameters["add_special_tokens"]["string_value"] == "true"
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.end_ids = end_ids(directory)
         self.limit = PromptLimit(self.tokenizer, int(parameters["max_input_len"]["string_value"]))
-        self.fields = [name for name in parameters["fields"]["string_value"].split(",") if name]
+        self.fields = known_fields(config)
 
     def execute(self, requests: list) -> list:
         return [self.respond(request) for request in requests]
@@ -61,8 +62,7 @@ class TritonPythonModel:
             return refusal(str(error))
 
     def encode(self, request) -> list:
-        if self.fields:
-            check_fields(request, self.fields)
+        check_fields(request, self.fields)
         prompts = self.texts(request, "QUERY")
         if len(prompts) != 1:
             raise ValueError(f"text_input: {len(prompts)} prompts in one request; send one a request")

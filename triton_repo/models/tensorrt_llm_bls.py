@@ -13,6 +13,7 @@ import uuid
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from limits import check_fields, known_fields
 
 PREFIX = 16  # tokens before the new ones that postprocessing needs to decode them
 
@@ -257,6 +258,7 @@ class TritonPythonModel:
     def initialize(self, args: dict) -> None:
         config = json.loads(args["model_config"])
         parameters = {name: p["string_value"] for name, p in config["parameters"].items()}
+        self.fields = known_fields(config)
         self.target = parameters["tensorrt_llm_model_name"]
         self.draft = parameters["tensorrt_llm_draft_model_name"]
         self.num_draft_tokens = int(parameters["num_draft_tokens"])
@@ -270,7 +272,13 @@ class TritonPythonModel:
             values = {name: tensor.as_numpy() for name, tensor in given.items() if tensor is not None}
             sender = request.get_response_sender()
             self.senders.append(sender)
-            self.run(Request(self, values, request.requested_output_names(), sender))
+            asked = Request(self, values, request.requested_output_names(), sender)
+            try:
+                check_fields(request, self.fields)
+            except ValueError as error:
+                self.fail(asked, pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+            else:
+                self.run(asked)
 
     def run(self, request: Request) -> None:
         error = None
