@@ -225,7 +225,7 @@ def test_it_gives_up_after_so_many_repairs(machine: Machine) -> None:
 def test_a_killed_front_comes_back(machine: Machine) -> None:
     """OpenAI's API beside the server."""
     machine.run("stop", "--all")
-    started = machine.deploy("--grace", 20, "--openai-port", machine.front)
+    started = machine.deploy("--grace", 60, "--openai-port", machine.front)
     assert started.returncode == 0, started.stderr
     assert machine.models() == 200
     os.kill(process(machine, "serve-openai"), signal.SIGKILL)
@@ -258,7 +258,7 @@ def test_stop_under_load_lets_running_requests_end(machine: Machine) -> None:
         assert not all(x.done() for x in running)
         assert [x.result() for x in running] == [expected] * RUNNING
     assert isinstance(refused[-1].exception(), UserError)  # at once, not after the running ones
-    stopping.join(60)
+    stopping.join(90)
     with pytest.raises(UserError, match="connection refused"):
         generate(end, PROMPT, max_tokens=1)
     with pytest.raises(ConnectionRefusedError):
