@@ -477,7 +477,15 @@ def test_the_whole_way(path: str, config: Path, machine: StandIn, tmp_path: Path
     settings = {"prompts": 8, "max_tokens": 64, "concurrency": [1, 4], "rounds": 5, "seed": 0}
     told = triton["settings"]
     assert len(told.pop("warm_up_rounds")) == 2
-    assert told == {**settings, "requests": [8, 8], "load": "closed", "targets": None}
+    assert told.pop("command").startswith("ffn-fusion compare-latency http://127.0.0.1:")
+    assert len(told.pop("prompts_sha256")) == 64
+    assert told == {
+        **settings,
+        "requests": [8, 8],
+        "load": "closed",
+        "equal_lengths": path == "engine",  # the LLM API takes no min_tokens
+        "targets": None,
+    }
     assert all("had not settled" in note for note in triton["notes"])
     bench = json.loads(evidence_file(work, f"reports/bench-{path}/report.json"))
     assert "trtllm-bench" in bench["method"]
