@@ -50,9 +50,7 @@ def distribution(comparison: Comparison) -> Markup:
             times = np.quantile(values[side], shares)
             axes.plot(times, shares, color=COLOURS[side], ls=LINES[side], label=side, lw=2)
         end = max(float(np.percentile(x, 99.5)) for x in values.values())
-        axes.set(
-            xlim=(0, end), ylim=(0, 1.01), xlabel="time between two tokens, ms", ylabel="share of tokens"
-        )
+        axes.set(xlim=(0, end), ylim=(0, 1.01), xlabel="time between tokens, ms", ylabel="share of tokens")
         axes.legend(loc="lower right")
 
     half = ", ".join(f"{number(float(np.median(values[side])))} ms of the {side}" for side in SIDES)
@@ -60,7 +58,7 @@ def distribution(comparison: Comparison) -> Markup:
 
 
 def spread(comparison: Comparison) -> Markup:
-    """Violins of the time between two tokens with its percentiles, and a dot for every outlier."""
+    """Violins of the time between tokens with its percentiles, and a dot for every outlier."""
     values = comparison.token_gap_ms
     if not values:
         return NOTHING
@@ -82,12 +80,12 @@ def spread(comparison: Comparison) -> Markup:
             axes.plot(dots, [place] * len(dots), MARKERS[side], mec=colour, mfc="none", ms=4, ls="none")
         axes.set_yticks(range(len(SIDES)), SIDES)
         axes.tick_params(axis="y", length=0)
-        axes.set(ylim=(1.6, -0.6), xlabel="time between two tokens, ms", xlim=(0, None))
+        axes.set(ylim=(1.6, -0.6), xlabel="time between tokens, ms", xlim=(0, None))
         axes.spines["left"].set_visible(False)
         axes.grid(visible=False)
 
     told = ", ".join(f"{len(outside[side])} of the {side}" for side in SIDES)
-    return svg.drawn("spread", f"Spread of the time between two tokens; outliers: {told}", draw, height=2.7)
+    return svg.drawn("spread", f"Spread of the time between tokens; outliers: {told}", draw, height=2.7)
 
 
 def _violin(axes: Axes, values: np.ndarray, place: float, colour: str) -> None:

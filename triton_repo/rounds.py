@@ -16,7 +16,7 @@ SIDES = ("baseline", "candidate")
 METRICS = {
     "ttft_ms": "time to first token",
     "inter_token_ms": "inter-token latency",  # a request's mean
-    "token_gap_ms": "time between two tokens",
+    "token_gap_ms": "time between tokens",
     "latency_ms": "request latency",
     "tokens_per_s": "tokens/s",
     "user_tokens_per_s": "tokens/s a request",

@@ -91,7 +91,8 @@ def outliers(comparison: Comparison) -> str:
     """`14 of 4,032 times are outliers, and kept`, over all levels; empty where single times are not known."""
     if not comparison.token_gap_ms:
         return ""
-    found = [getattr(row, side) for row in comparison.rows if row.metric in TIMES for side in SIDES]
+    times = (*TIMES, "token_gap_ms")
+    found = [getattr(row, side) for row in comparison.rows if row.metric in times for side in SIDES]
     return (
         f"{sum(x.outliers for x in found):,} of {sum(x.count for x in found):,} times are outliers, and kept"
     )
