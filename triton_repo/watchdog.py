@@ -16,9 +16,7 @@ from triton_repo.processes import cpu_s, descendants
 from triton_repo.registry import State
 from triton_repo.server import Server
 
-IDLE = (
-    0.05  # of one core for each process; seen 0.001 a process at TP 1 and 0.006 at TP 2, where a rank polls
-)
+IDLE = 0.05  # of a core for each process; seen 0.001 at TP 1, and 0.006 at TP 2, where a rank polls
 DEAD = ("the engine died", "no step has ended", "is not healthy", "not ready", "unknown model", "not found")
 
 

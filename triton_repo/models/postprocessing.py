@@ -8,8 +8,6 @@ A client that goes in the middle of a stream is seen here first: tensorrt_llm is
 the ticket it gave, or the request's id.
 """
 
-import collections
-import contextlib
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -78,7 +76,10 @@ def required(request, name: str) -> np.ndarray:
 
 
 def stop(name: int | str) -> None:
-    """End a request of tensorrt_llm: a request with the input `stop`, answered by its end."""
+    """End a request of tensorrt_llm: a request with the input `stop`, answered by its end.
+
+    What comes of it is logged: the client it would be told to has gone.
+    """
     zero = np.zeros((1, 1), np.int32)
     values = dict.fromkeys(("input_ids", "input_lengths", "request_output_len"), zero)
     values["stop"] = np.ones((1, 1), np.bool_)
@@ -90,7 +91,12 @@ def stop(name: int | str) -> None:
         requested_output_names=["output_ids", "sequence_length"],
         request_id=name if isinstance(name, str) else "",
     )
-    collections.deque(request.exec(decoupled=True), maxlen=0)  # to its end
+    try:  # all of the answers: an iterator left alone keeps its request
+        errors = [x.error().message() for x in request.exec(decoupled=True) if x.has_error()]
+    except pb_utils.TritonModelException as raised:
+        errors = [str(raised)]
+    for error in errors:
+        pb_utils.Logger.log_warn(f"a request whose client has gone goes on: {error}")
 
 
 class TritonPythonModel:
@@ -113,8 +119,7 @@ class TritonPythonModel:
             ticket = pb_utils.get_input_tensor_by_name(request, "TICKET")
             name = request.request_id() if ticket is None else ticket.as_numpy().flat[0].item()
             if name and self.streams.gone(name, request):
-                with contextlib.suppress(pb_utils.TritonModelException):  # it has died
-                    stop(name)
+                stop(name)
         return [self.respond(request) for request in requests]
 
     def respond(self, request):
